@@ -1,0 +1,26 @@
+"""DeltaL Normalization: the policy loss of reinforcement learning with verifiable rewards.
+
+Every loss aggregation is a weight per sequence, known from the lengths before the forward pass;
+one kernel serves them all and writes the final gradient in the forward pass.
+"""
+
+from . import reference
+from ._version import __version__
+from .functional import delta_l_loss, policy_loss
+from .metrics import PolicyLossMetrics
+from .modules import DeltaLLoss
+from .weights import reweight_advantages, sequence_lengths, sequence_weights
+
+
+
+__all__ = [
+    "DeltaLLoss",
+    "PolicyLossMetrics",
+    "__version__",
+    "delta_l_loss",
+    "policy_loss",
+    "reference",
+    "reweight_advantages",
+    "sequence_lengths",
+    "sequence_weights",
+]

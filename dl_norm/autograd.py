@@ -1,0 +1,107 @@
+"""The autograd Function: the gradient is final in the forward pass, backward scales it."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import closed_form
+from .options import PolicyLossOptions
+
+
+def _launch(*args) -> tuple[Tensor, Tensor, Tensor]:
+    from . import launch  # needs Triton, which the "torch" implementation does not
+
+    return launch.policy_loss_fwd(*args)
+
+
+@torch.library.custom_op("dl_norm::policy_loss_fwd", mutates_args=())
+def _policy_loss_op(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None,
+    delta: float | None,
+    log_ratio_clamp: float | None,
+    beta: float,
+    write_grad: bool,
+    metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels as one opaque operator, so that torch.compile need not trace the launch."""
+    options = PolicyLossOptions(eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta)
+    return _launch(
+        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
+        rollout_weights, options, write_grad, metrics,
+    )  # fmt: skip
+
+
+@_policy_loss_op.register_fake
+def _(log_probs, *args):
+    write_grad, metrics = args[-2:]
+    grad_dtype = torch.float32 if log_probs.dtype == torch.float16 else log_probs.dtype
+    return (
+        log_probs.new_empty((), dtype=torch.float32),
+        log_probs.new_empty(log_probs.shape if write_grad else (0,), dtype=grad_dtype),
+        log_probs.new_empty((9 if metrics else 0,), dtype=torch.float32),
+    )
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    """Differentiable with respect to log_probs alone."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        log_probs: Tensor,
+        constants: tuple[Tensor | None, ...],
+        options: PolicyLossOptions,
+        impl: str,
+        write_grad: bool,
+        metrics: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if impl == "torch":
+            outputs = closed_form.policy_loss_fwd(
+                log_probs, *constants, options, write_grad, metrics
+            )
+        elif torch.compiler.is_compiling():
+            outputs = _policy_loss_op(
+                log_probs, *constants, *astuple(options), write_grad, metrics
+            )
+        else:
+            outputs = _launch(log_probs, *constants, options, write_grad, metrics)
+        loss, grad, sums = outputs
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(sums)
+        ctx.dtype = log_probs.dtype
+        ctx.impl = impl
+        ctx.scaled = False
+        return loss, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, _grad_sums: Tensor):
+        (grad,) = ctx.saved_tensors
+        if ctx.impl == "torch" or torch.compiler.is_compiling():
+            grad = closed_form.policy_loss_bwd(grad, grad_loss, ctx.dtype)
+        else:
+            from . import launch
+
+            if ctx.scaled:
+                raise RuntimeError(
+                    "policy_loss: backward ran a second time, but the first run scaled the "
+                    "stored gradient in place. Call policy_loss again, add the losses before one "
+                    'backward, or use impl="torch".'
+                )
+            ctx.scaled = True
+            grad = launch.policy_loss_bwd(grad, grad_loss, ctx.dtype)
+        return grad, None, None, None, None, None

@@ -1,0 +1,121 @@
+"""Input checks shared by the public functions. None of them synchronises a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LOG_PROB_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_number(value, name: str, rule: str, holds: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
+    if not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"expected {rule} and finite, got {name}={value}")
+
+
+def values_are_free(tensor: Tensor) -> bool:
+    """Reading a value costs no sync on the CPU; while tracing there is none to read."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_policy_loss_inputs(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = LOG_PROB_DTYPES,
+) -> None:
+    """Checks types, dtypes, devices and shapes of the tensors of a policy loss."""
+    _check_tensor("log_probs", log_probs, dtypes)
+    shape = log_probs.shape
+    if cu_seqlens is None:
+        if log_probs.ndim != 2:
+            raise ValueError(
+                f"log_probs must be (B, T), or (N,) with cu_seqlens; got {tuple(shape)} and no "
+                "cu_seqlens"
+            )
+        if mask is None:
+            raise ValueError("mask is required for padded (B, T) input: pass a (B, T) tensor")
+        sequences = shape[0]
+        per_sequence = f"(B,) = ({sequences},)"
+    else:
+        if log_probs.ndim != 1:
+            raise ValueError(
+                f"with cu_seqlens log_probs must be packed, (N,); got {tuple(shape)}: drop "
+                "cu_seqlens for padded input"
+            )
+        _check_cu_seqlens(cu_seqlens, log_probs)
+        sequences = cu_seqlens.shape[0] - 1
+        per_sequence = f"(G,) = ({sequences},)"
+    # (name, tensor, may be per token, may be per sequence)
+    constants = (
+        ("old_log_probs", old_log_probs, True, False),
+        ("ref_log_probs", ref_log_probs, True, False),
+        ("advantages", advantages, True, True),
+        ("rollout_weights", rollout_weights, True, True),
+        ("weights", weights, False, True),
+    )
+    for name, tensor, per_token, by_sequence in constants:
+        if tensor is None and name not in ("advantages", "weights"):
+            continue
+        _check_tensor(name, tensor, (*LOG_PROB_DTYPES, torch.float64))
+        _check_device(name, tensor, log_probs)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires grad, but policy_loss is differentiable with respect to "
+                f"log_probs alone: pass {name}.detach()"
+            )
+        if not (per_token and tensor.shape == shape) and not (
+            by_sequence and tensor.shape == (sequences,)
+        ):
+            expected = [f"{tuple(shape)} like log_probs"] * per_token + [per_sequence] * by_sequence
+            raise ValueError(f"{name} must be {' or '.join(expected)}, got {tuple(tensor.shape)}")
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+        if mask.is_complex():
+            raise TypeError(f"mask must be bool, integer or floating point, got {mask.dtype}")
+        _check_device("mask", mask, log_probs)
+        if mask.shape != shape:
+            raise ValueError(f"mask must be {tuple(shape)} like log_probs, got {tuple(mask.shape)}")
+
+
+def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must be {names}; got {tensor.dtype}: convert with .float()")
+
+
+def _check_device(name: str, tensor: Tensor, log_probs: Tensor) -> None:
+    if tensor.device != log_probs.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, log_probs on {log_probs.device}: move {name} there"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, log_probs: Tensor) -> None:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be (G + 1,), got {tuple(cu_seqlens.shape)}")
+    _check_device("cu_seqlens", cu_seqlens, log_probs)
+    if values_are_free(cu_seqlens):
+        first, last, tokens = int(cu_seqlens[0]), int(cu_seqlens[-1]), log_probs.shape[0]
+        if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to N = {tokens} without falling, got "
+                f"[{first}, ..., {last}]"
+            )

@@ -1,0 +1,158 @@
+"""The public loss functions."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .autograd import PolicyLossFunction
+from .checks import check_policy_loss_inputs
+from .metrics import PolicyLossMetrics
+from .options import PolicyLossOptions
+from .weights import sequence_lengths, sequence_weights
+
+IMPLEMENTATIONS = ("triton", "torch")
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    ref_log_probs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    impl: str | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
+    r"""Clipped policy loss of a batch, or of any slice of one, under per-sequence weights.
+
+    .. math::
+        \sum_i x_i \sum_t m_{it} \left[ w_{it} \ell_{it}
+            + \beta (e^{d_{it}} - d_{it} - 1) \right], \qquad d = \log\pi_{ref} - \log\pi
+
+    with the ratio r = exp(clamp(log_probs - old_log_probs, +-log_ratio_clamp)) and the token loss
+    l = -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A), capped at -dual_clip A where
+    A < 0. Equivalent PyTorch: :func:`dl_norm.reference.policy_loss`. The gradient with respect to
+    ``log_probs`` is computed in the forward pass; every bound belongs to the branch that has a
+    gradient, as in ``torch.clamp``.
+
+    Two layouts: padded (B, T), where G = B, or packed (N,) with ``cu_seqlens``.
+
+    Args:
+        log_probs: (B, T) or (N,), float32, bfloat16 or float16, any strides. Arithmetic is
+            float32; the gradient has the dtype of ``log_probs``.
+        old_log_probs: like ``log_probs``, of the policy that sampled. None: the ratio is exactly
+            1 and the gradient that of the plain policy gradient.
+        advantages: (G,) or one per token.
+        mask: (B, T) or (N,), bool, integer or float; a position counts where mask != 0, and there
+            may be holes. A position that does not count contributes nothing, whatever the other
+            tensors hold there (NaN included). Optional for packed input.
+        weights: (G,) from :func:`sequence_weights` over the whole rollout batch. A slice of the
+            batch takes the same slice of the weights: losses and gradients of the slices add up.
+        cu_seqlens: (G + 1,) int32 or int64 offsets of the packed sequences, from 0 to N. On a GPU
+            their values are not read on the host: if they do not span [0, N] the loss is NaN.
+        eps_low, eps_high: clip range of the ratio.
+        dual_clip: c > 1, or None.
+        delta: two-sided bound > 1 of the ratio in the unclipped branch, or None.
+        log_ratio_clamp: bound of the log-ratio, without gradient beyond it, or None.
+        ref_log_probs: like ``log_probs``; needed if ``beta`` > 0. With beta = 0 it only feeds
+            the metric ``kl_ref``.
+        beta: coefficient of the k3 estimate of KL(policy || reference).
+        rollout_weights: (G,) or one per token; multiplies the policy term, not the KL term.
+        impl: "triton", "torch", or None: Triton for a GPU tensor, else PyTorch. "triton" runs on
+            the CPU when TRITON_INTERPRET=1 was set before this package was imported.
+        return_metrics: also return :class:`PolicyLossMetrics`.
+
+    Returns:
+        A 0-dim float32 loss to minimise, or (loss, metrics). No host sync on a GPU.
+
+    Raises:
+        TypeError, ValueError: for what cannot be honoured, saying what was expected. All tensors
+            but ``log_probs`` are constants: one that requires grad is refused.
+        RuntimeError: on a second backward through one call of impl="triton", and on a second
+            derivative.
+
+    Source: PPO clip arXiv:1707.06347, asymmetric clip arXiv:2503.14476, dual clip
+    arXiv:1912.09729, k3 http://joschu.net/blog/kl-approx.html, weights arXiv:2509.07558.
+    """
+    options = PolicyLossOptions(eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta)
+    check_policy_loss_inputs(
+        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
+        rollout_weights,
+    )  # fmt: skip
+    if beta and ref_log_probs is None:
+        raise ValueError(f"beta = {beta} needs ref_log_probs, the reference policy's log-probs")
+    if not (beta or return_metrics):
+        ref_log_probs = None  # multiplied by zero: not read
+    constants = (
+        old_log_probs, advantages, mask, weights.float(), cu_seqlens, ref_log_probs,
+        rollout_weights,
+    )  # fmt: skip
+    write_grad = torch.is_grad_enabled() and log_probs.requires_grad
+    loss, sums = PolicyLossFunction.apply(
+        log_probs, constants, options, _choose(impl, log_probs), write_grad, return_metrics
+    )
+    if return_metrics:
+        return loss, PolicyLossMetrics.from_sums(sums, weights)
+    return loss
+
+
+def delta_l_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    alpha: float,
+    max_length: int,
+    group: dist.ProcessGroup | None = None,
+    cu_seqlens: Tensor | None = None,
+    **options,
+) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
+    """:func:`policy_loss` with the DeltaL weights of the batch that is passed.
+
+    The tensors must hold the **whole** rollout batch of this process, and with ``group`` the whole
+    batch is that of the group. If the batch is cut into micro-batches, compute
+    :func:`sequence_weights` once before the cut and call :func:`policy_loss` on each slice.
+
+    Args:
+        alpha, max_length, group: as for :func:`sequence_weights`.
+        **options: every other option of :func:`policy_loss`.
+    """
+    if cu_seqlens is None and log_probs.ndim != 2:
+        raise ValueError(
+            f"log_probs must be (B, T), or (N,) with cu_seqlens; got {tuple(log_probs.shape)}"
+        )
+    weights = sequence_weights(
+        sequence_lengths(mask, cu_seqlens), alpha=alpha, max_length=max_length, group=group
+    )
+    return policy_loss(
+        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens=cu_seqlens, **options
+    )
+
+
+def _choose(impl: str | None, log_probs: Tensor) -> str:
+    on_gpu = log_probs.device.type in ("cuda", "xpu")  # ROCm devices are "cuda" too
+    if impl is None:
+        return "triton" if on_gpu else "torch"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be None or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    if impl == "triton" and not on_gpu:
+        from .launch import INTERPRETED
+
+        if not INTERPRETED:
+            raise ValueError(
+                f'impl="triton" got tensors on {log_probs.device}: move them to a GPU, use '
+                'impl="torch", or set TRITON_INTERPRET=1 before importing dl_norm'
+            )
+    return impl

@@ -1,0 +1,168 @@
+"""Launches the kernels of ``kernels/policy_loss.py``: block sizes, grids, outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from .kernels.policy_loss import (
+    NUM_SUMS,
+    policy_loss_bwd_kernel,
+    policy_loss_fwd_kernel,
+    policy_loss_reduce_kernel,
+)
+from .options import PolicyLossOptions
+
+INTERPRETED = isinstance(policy_loss_fwd_kernel, InterpretedFunction)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a flat stream of tokens is cut. Depends on sizes alone, never on the device, so the
+    order of summation and with it the bits of the result are the same on every GPU."""
+
+    block: int
+    vector: int
+    num_warps: int
+    programs: int
+    tiles_per_program: int
+
+
+# Enough programs to fill any GPU several times over, few enough that the second kernel, which
+# adds their partial sums, stays small.
+MAX_PROGRAMS = 4096
+
+
+def stream_config(tokens: int, itemsize: int) -> StreamConfig:
+    """One 16-byte load a thread and tensor: 4 tokens in 32 bits, 8 in 16 bits. More tokens a
+    thread take more than 40 registers and cost occupancy."""
+    vector, num_warps = 16 // itemsize, 8
+    block = 32 * num_warps * vector
+    tiles = max(1, triton.cdiv(tokens, block))
+    tiles_per_program = triton.cdiv(tiles, MAX_PROGRAMS)
+    programs = triton.cdiv(tiles, tiles_per_program)
+    return StreamConfig(block, vector, num_warps, programs, tiles_per_program)
+
+
+def policy_loss_fwd(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    options: PolicyLossOptions,
+    write_grad: bool,
+    metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two launches: the loss and gradient of every tile, then the sum of their partial results.
+
+    Returns what :func:`dl_norm.closed_form.policy_loss_fwd` returns, except that the gradient of
+    float16 log-probs is kept in float32 until it is scaled: DeltaL weights underflow in float16.
+    """
+    device = log_probs.device
+    tokens = log_probs.numel()
+    sequences = weights.shape[0]
+    grad_dtype = torch.float32 if log_probs.dtype == torch.float16 else log_probs.dtype
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    sums = torch.empty(NUM_SUMS.value - 1 if metrics else 0, dtype=torch.float32, device=device)
+    grad = torch.empty(log_probs.shape if write_grad else 0, dtype=grad_dtype, device=device)
+    if tokens == 0 or sequences == 0:
+        return loss.zero_(), grad.zero_(), sums.zero_()
+
+    packed = cu_seqlens is not None
+    per_sequence = (sequences,)
+    token_advantages = advantages.shape != per_sequence
+    token_rollout = rollout_weights is not None and rollout_weights.shape != per_sequence
+    streams = (
+        log_probs,
+        old_log_probs,
+        ref_log_probs,
+        advantages if token_advantages else None,
+        mask,
+        rollout_weights if token_rollout else None,
+    )
+    strided = any(stream is not None and not stream.is_contiguous() for stream in streams)
+    strides = [stride for stream in streams for stride in _strides(stream)]
+    config = stream_config(tokens, log_probs.element_size())
+    num_sums = NUM_SUMS.value if metrics else 1
+    partials = torch.empty((num_sums, config.programs), dtype=torch.float32, device=device)
+    # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
+    unread = weights
+    with torch.accelerator.device_index(device.index):
+        policy_loss_fwd_kernel[(config.programs,)](
+            log_probs,
+            unread if old_log_probs is None else old_log_probs,
+            unread if ref_log_probs is None else ref_log_probs,
+            advantages if token_advantages else advantages.contiguous(),
+            unread if mask is None else mask,
+            weights.contiguous(),
+            unread
+            if rollout_weights is None
+            else (rollout_weights if token_rollout else rollout_weights.contiguous()),
+            unread if cu_seqlens is None else cu_seqlens.contiguous(),
+            grad,
+            partials,
+            tokens,
+            tokens if packed else log_probs.shape[1],
+            sequences,
+            config.tiles_per_program,
+            *strides,
+            options.positive_high,
+            options.negative_low,
+            options.negative_high,
+            options.log_ratio_bound,
+            options.beta,
+            PACKED=packed,
+            STRIDED=strided,
+            HAS_OLD=old_log_probs is not None,
+            HAS_REF=ref_log_probs is not None,
+            HAS_MASK=mask is not None,
+            TOKEN_ADVANTAGES=token_advantages,
+            HAS_ROLLOUT=rollout_weights is not None,
+            TOKEN_ROLLOUT=token_rollout,
+            WRITE_GRAD=write_grad,
+            METRICS=metrics,
+            BLOCK=config.block,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+        )
+        policy_loss_reduce_kernel[(num_sums,)](
+            partials, loss, sums, config.programs, NUM_SUMS=num_sums, BLOCK=1024, num_warps=4
+        )
+    return loss, grad, sums
+
+
+def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * grad_output in ``dtype``; in place when that is the dtype of ``grad``."""
+    in_place = grad.dtype == dtype
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    if grad.numel() == 0:
+        return out
+    config = stream_config(grad.numel(), 4)
+    with torch.accelerator.device_index(grad.device.index):
+        policy_loss_bwd_kernel[(config.programs,)](
+            grad,
+            grad_output,
+            out,
+            grad.numel(),
+            config.tiles_per_program,
+            IN_PLACE=in_place,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+    return out
+
+
+def _strides(stream: Tensor | None) -> tuple[int, int]:
+    if stream is None:
+        return 0, 0
+    if stream.ndim == 1:
+        return 0, stream.stride(0)
+    return stream.stride(0), stream.stride(1)
