@@ -21,31 +21,19 @@ INTERPRETED = isinstance(policy_loss_fwd_kernel, InterpretedFunction)
 
 
 @dataclass(frozen=True)
-class StreamConfig:
+class TileConfig:
     """How a flat stream of tokens is cut. Depends on sizes alone, never on the device, so the
     order of summation and with it the bits of the result are the same on every GPU."""
 
     block: int
-    vector: int
     num_warps: int
-    programs: int
-    tiles_per_program: int
 
 
-# Enough programs to fill any GPU several times over, few enough that the second kernel, which
-# adds their partial sums, stays small.
-MAX_PROGRAMS = 4096
-
-
-def stream_config(tokens: int, itemsize: int) -> StreamConfig:
-    """One 16-byte load a thread and tensor: 4 tokens in 32 bits, 8 in 16 bits. More tokens a
-    thread take more than 40 registers and cost occupancy."""
-    vector, num_warps = 16 // itemsize, 8
-    block = 32 * num_warps * vector
-    tiles = max(1, triton.cdiv(tokens, block))
-    tiles_per_program = triton.cdiv(tiles, MAX_PROGRAMS)
-    programs = triton.cdiv(tiles, tiles_per_program)
-    return StreamConfig(block, vector, num_warps, programs, tiles_per_program)
+def tile_config(itemsize: int) -> TileConfig:
+    """One 16-byte load a thread and tensor (4 tokens in 32 bits, 8 in 16 bits): more tokens a
+    thread cost registers and with them occupancy."""
+    num_warps = 8
+    return TileConfig(32 * num_warps * 16 // itemsize, num_warps)
 
 
 def policy_loss_fwd(
@@ -90,13 +78,14 @@ def policy_loss_fwd(
     )
     strided = any(stream is not None and not stream.is_contiguous() for stream in streams)
     strides = [stride for stream in streams for stride in _strides(stream)]
-    config = stream_config(tokens, log_probs.element_size())
+    config = tile_config(log_probs.element_size())
+    programs = triton.cdiv(tokens, config.block)
     num_sums = NUM_SUMS.value if metrics else 1
-    partials = torch.empty((num_sums, config.programs), dtype=torch.float32, device=device)
+    partials = torch.empty((num_sums, programs), dtype=torch.float32, device=device)
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
     unread = weights
     with torch.accelerator.device_index(device.index):
-        policy_loss_fwd_kernel[(config.programs,)](
+        policy_loss_fwd_kernel[(programs,)](
             log_probs,
             unread if old_log_probs is None else old_log_probs,
             unread if ref_log_probs is None else ref_log_probs,
@@ -112,7 +101,6 @@ def policy_loss_fwd(
             tokens,
             tokens if packed else log_probs.shape[1],
             sequences,
-            config.tiles_per_program,
             *strides,
             options.positive_high,
             options.negative_low,
@@ -130,11 +118,10 @@ def policy_loss_fwd(
             WRITE_GRAD=write_grad,
             METRICS=metrics,
             BLOCK=config.block,
-            VECTOR=config.vector,
             num_warps=config.num_warps,
         )
         policy_loss_reduce_kernel[(num_sums,)](
-            partials, loss, sums, config.programs, NUM_SUMS=num_sums, BLOCK=1024, num_warps=4
+            partials, loss, sums, programs, NUM_SUMS=num_sums, BLOCK=4096, num_warps=8
         )
     return loss, grad, sums
 
@@ -145,14 +132,13 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel() == 0:
         return out
-    config = stream_config(grad.numel(), 4)
+    config = tile_config(grad.element_size())
     with torch.accelerator.device_index(grad.device.index):
-        policy_loss_bwd_kernel[(config.programs,)](
+        policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), config.block),)](
             grad,
             grad_output,
             out,
             grad.numel(),
-            config.tiles_per_program,
             IN_PLACE=in_place,
             BLOCK=config.block,
             num_warps=config.num_warps,

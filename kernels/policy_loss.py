@@ -1,8 +1,8 @@
 """Device code of the policy loss over token log-probabilities.
 
 B sequences (rows), T tokens per row, N = B * T or the length of the packed stream, G sequences.
-The tokens are one flat stream cut into tiles of BLOCK, so every tile starts on a vector boundary
-whatever T is; the sequences are walked along the stream, so padded and packed are one kernel.
+The tokens are one flat stream cut into tiles of BLOCK, one tile a program, so every tile starts on
+a vector boundary whatever T is, and padded and packed are one kernel.
 """
 
 import triton
@@ -56,9 +56,8 @@ def _store_tile(PTR, start, lane, values, in_bounds, interior):
 
 
 @triton.jit
-def _lane_sum(values, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    # Sums the VECTOR neighbours one thread holds: no traffic between threads.
-    return tl.sum(tl.reshape(values, [BLOCK // VECTOR, VECTOR]), axis=1)
+def _count(flags):
+    return tl.sum(flags.to(tl.int32), axis=0).to(tl.float32)
 
 
 @triton.jit
@@ -75,7 +74,6 @@ def _sequence_end(CU_SEQLENS, seq, T, PACKED: tl.constexpr):
         "N",
         "T",
         "G",
-        "tiles_per_program",
         "stride_lb",
         "stride_lt",
         "stride_ob",
@@ -104,7 +102,6 @@ def policy_loss_fwd_kernel(
     N: tl.int64,
     T: tl.int64,
     G: tl.int64,
-    tiles_per_program: tl.int64,
     stride_lb: tl.int64,
     stride_lt: tl.int64,
     stride_ob: tl.int64,
@@ -133,174 +130,157 @@ def policy_loss_fwd_kernel(
     WRITE_GRAD: tl.constexpr,
     METRICS: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
     pid = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    stream_start = pid.to(tl.int64) * tiles_per_program * BLOCK
+    start = pid.to(tl.int64) * BLOCK
+    interior = start + BLOCK <= N
+    in_bounds = lane < N - start
 
-    # The sequence that holds this program's first token.
-    if PACKED:
-        seq = tl.zeros([], tl.int64)
-        after = G
-        while after - seq > 1:
-            middle = (seq + after) // 2
-            if tl.load(CU_SEQLENS + middle).to(tl.int64) <= stream_start:
-                seq = middle
-            else:
-                after = middle
+    row = tl.zeros([BLOCK], tl.int64)
+    column = start + lane
+    if STRIDED and not PACKED:
+        first_row = start // T
+        column_from_first = (start - first_row * T).to(tl.int32) + lane
+        rows_down = column_from_first // T.to(tl.int32)
+        row = first_row + rows_down
+        column = (column_from_first - rows_down * T.to(tl.int32)).to(tl.int64)
+
+    if HAS_MASK:
+        counted = (
+            _load_tokens(
+                MASK, start, lane, in_bounds, interior, row, column,
+                stride_mb, stride_mt, 0, STRIDED,
+            )
+            != 0
+        )  # fmt: skip
     else:
-        seq = stream_start // T
-    seq_end = _sequence_end(CU_SEQLENS, seq, T, PACKED)
+        counted = in_bounds
 
-    total_loss = tl.zeros([BLOCK // VECTOR], tl.float32)
-    if METRICS:
-        tokens = tl.zeros_like(total_loss)
-        clipped_low = tl.zeros_like(total_loss)
-        clipped_high = tl.zeros_like(total_loss)
-        clipped_dual = tl.zeros_like(total_loss)
-        total_ratio = tl.zeros_like(total_loss)
-        total_k1 = tl.zeros_like(total_loss)
-        total_k3 = tl.zeros_like(total_loss)
-        total_kl = tl.zeros_like(total_loss)
-        max_ratio = tl.zeros([BLOCK], tl.float32)
+    program_loss = 0.0
+    tokens = 0.0
+    clipped_low = 0.0
+    clipped_high = 0.0
+    clipped_dual = 0.0
+    total_ratio = 0.0
+    total_k1 = 0.0
+    total_k3 = 0.0
+    total_kl = 0.0
+    max_ratio = 0.0
+    # A tile of padding alone costs its mask and its zeros.
+    if tl.max(counted.to(tl.int32), axis=0) > 0:
+        log_prob = tl.zeros([BLOCK], tl.float32)
+        old_log_prob = log_prob
+        if HAS_OLD or HAS_REF:
+            log_prob = _load_tokens(
+                LOG_PROBS, start, lane, in_bounds, interior, row, column,
+                stride_lb, stride_lt, 0.0, STRIDED,
+            ).to(tl.float32)  # fmt: skip
+        if HAS_OLD:
+            old_log_prob = _load_tokens(
+                OLD_LOG_PROBS, start, lane, in_bounds, interior, row, column,
+                stride_ob, stride_ot, 0.0, STRIDED,
+            ).to(tl.float32)  # fmt: skip
 
-    for tile in range(tiles_per_program):
-        start = stream_start + tile * BLOCK
-        if start < N:
-            interior = start + BLOCK <= N
-            in_bounds = lane < N - start
-
-            # Per-sequence values, spread over the tile: each later sequence overwrites the rest.
-            weight = tl.zeros([BLOCK], tl.float32) + tl.load(WEIGHTS + seq)
+        # While those loads are under way: the sequence of the tile's first token, then each later
+        # one overwrites the rest of the tile.
+        if PACKED:
+            seq = tl.zeros([], tl.int64)
+            after = G
+            while after - seq > 1:
+                middle = (seq + after) // 2
+                if tl.load(CU_SEQLENS + middle).to(tl.int64) <= start:
+                    seq = middle
+                else:
+                    after = middle
+        else:
+            seq = start // T
+        weight = tl.zeros([BLOCK], tl.float32) + tl.load(WEIGHTS + seq)
+        if not TOKEN_ADVANTAGES:
+            advantage = tl.zeros([BLOCK], tl.float32) + tl.load(ADVANTAGES + seq).to(tl.float32)
+        if HAS_ROLLOUT and not TOKEN_ROLLOUT:
+            rollout = tl.zeros([BLOCK], tl.float32) + tl.load(ROLLOUT_WEIGHTS + seq).to(tl.float32)
+        seq_end = _sequence_end(CU_SEQLENS, seq, T, PACKED)
+        while (seq_end < start + BLOCK) & (seq + 1 < G):
+            seq += 1
+            here = lane >= (seq_end - start).to(tl.int32)
+            weight = tl.where(here, tl.load(WEIGHTS + seq), weight)
             if not TOKEN_ADVANTAGES:
-                advantage = tl.zeros([BLOCK], tl.float32) + tl.load(ADVANTAGES + seq).to(tl.float32)
+                advantage = tl.where(here, tl.load(ADVANTAGES + seq).to(tl.float32), advantage)
             if HAS_ROLLOUT and not TOKEN_ROLLOUT:
-                rollout = tl.zeros([BLOCK], tl.float32) + tl.load(ROLLOUT_WEIGHTS + seq).to(
-                    tl.float32
-                )
-            row = tl.zeros([BLOCK], tl.int64)
-            if STRIDED and not PACKED:
-                row += seq
-            while (seq_end < start + BLOCK) & (seq + 1 < G):
-                seq += 1
-                here = lane >= (seq_end - start).to(tl.int32)
-                weight = tl.where(here, tl.load(WEIGHTS + seq), weight)
-                if not TOKEN_ADVANTAGES:
-                    advantage = tl.where(
-                        here, tl.load(ADVANTAGES + seq).to(tl.float32), advantage
-                    )
-                if HAS_ROLLOUT and not TOKEN_ROLLOUT:
-                    rollout = tl.where(
-                        here, tl.load(ROLLOUT_WEIGHTS + seq).to(tl.float32), rollout
-                    )
-                if STRIDED and not PACKED:
-                    row = tl.where(here, seq, row)
-                seq_end = _sequence_end(CU_SEQLENS, seq, T, PACKED)
-            column = start + lane - row * T
+                rollout = tl.where(here, tl.load(ROLLOUT_WEIGHTS + seq).to(tl.float32), rollout)
+            seq_end = _sequence_end(CU_SEQLENS, seq, T, PACKED)
 
-            if HAS_MASK:
-                counted = (
-                    _load_tokens(
-                        MASK, start, lane, in_bounds, interior, row, column,
-                        stride_mb, stride_mt, 0, STRIDED,
-                    )
-                    != 0
-                )  # fmt: skip
-            else:
-                counted = in_bounds
+        if TOKEN_ADVANTAGES:
+            advantage = _load_tokens(
+                ADVANTAGES, start, lane, in_bounds, interior, row, column,
+                stride_ab, stride_at, 0.0, STRIDED,
+            ).to(tl.float32)  # fmt: skip
+        # Zeroed before exp: what a masked position holds must not get through.
+        log_prob = tl.where(counted, log_prob, 0.0)
+        old_log_prob = tl.where(counted, old_log_prob, 0.0)
+        loss, grad, log_ratio, ratio, below, above = token_loss(
+            log_prob, old_log_prob, advantage, positive_high, negative_low, negative_high,
+            log_ratio_clamp, HAS_OLD,
+        )  # fmt: skip
+        if HAS_ROLLOUT:
+            if TOKEN_ROLLOUT:
+                rollout = _load_tokens(
+                    ROLLOUT_WEIGHTS, start, lane, in_bounds, interior, row, column,
+                    stride_wb, stride_wt, 0.0, STRIDED,
+                ).to(tl.float32)  # fmt: skip
+            loss *= rollout
+            grad *= rollout
+        if HAS_REF:
+            ref_log_prob = _load_tokens(
+                REF_LOG_PROBS, start, lane, in_bounds, interior, row, column,
+                stride_rb, stride_rt, 0.0, STRIDED,
+            ).to(tl.float32)  # fmt: skip
+            kl, kl_grad = token_kl(log_prob, tl.where(counted, ref_log_prob, 0.0))
+            loss += beta * kl
+            grad += beta * kl_grad
+        if WRITE_GRAD:
+            grad = tl.where(counted, weight * grad, 0.0)
+            _store_tile(GRAD, start, lane, grad, in_bounds, interior)
+        program_loss = tl.sum(tl.where(counted, weight * loss, 0.0), axis=0)
+        if METRICS:
+            negative = advantage < 0
+            positive = advantage > 0
+            ratio = tl.where(counted, ratio, 0.0)
+            log_ratio = tl.where(counted, log_ratio, 0.0)
+            tokens = _count(counted)
+            clipped_low = _count(counted & below & negative)
+            clipped_high = _count(counted & above & positive)
+            clipped_dual = _count(counted & above & negative)
+            total_ratio = tl.sum(ratio, axis=0)
+            total_k1 = -tl.sum(log_ratio, axis=0)
+            total_k3 = tl.sum(tl.where(counted, ratio - 1.0 - log_ratio, 0.0), axis=0)
+            if HAS_REF:
+                total_kl = tl.sum(tl.where(counted, kl, 0.0), axis=0)
+            max_ratio = tl.max(ratio, axis=0)
+    else:
+        if WRITE_GRAD:
+            zeros = tl.zeros([BLOCK], tl.float32)
+            _store_tile(GRAD, start, lane, zeros, in_bounds, interior)
 
-            if tl.max(counted.to(tl.int32), axis=0) > 0:
-                log_prob = tl.zeros([BLOCK], tl.float32)
-                old_log_prob = log_prob
-                if HAS_OLD or HAS_REF:
-                    log_prob = _load_tokens(
-                        LOG_PROBS, start, lane, in_bounds, interior, row, column,
-                        stride_lb, stride_lt, 0.0, STRIDED,
-                    ).to(tl.float32)  # fmt: skip
-                    # Zeroed before exp: whatever a masked position holds must not get through.
-                    log_prob = tl.where(counted, log_prob, 0.0)
-                if HAS_OLD:
-                    old_log_prob = _load_tokens(
-                        OLD_LOG_PROBS, start, lane, in_bounds, interior, row, column,
-                        stride_ob, stride_ot, 0.0, STRIDED,
-                    ).to(tl.float32)  # fmt: skip
-                    old_log_prob = tl.where(counted, old_log_prob, 0.0)
-                if TOKEN_ADVANTAGES:
-                    advantage = _load_tokens(
-                        ADVANTAGES, start, lane, in_bounds, interior, row, column,
-                        stride_ab, stride_at, 0.0, STRIDED,
-                    ).to(tl.float32)  # fmt: skip
-                loss, grad, log_ratio, ratio, below, above = token_loss(
-                    log_prob, old_log_prob, advantage, positive_high, negative_low, negative_high,
-                    log_ratio_clamp, HAS_OLD,
-                )  # fmt: skip
-                if HAS_ROLLOUT:
-                    if TOKEN_ROLLOUT:
-                        rollout = _load_tokens(
-                            ROLLOUT_WEIGHTS, start, lane, in_bounds, interior, row, column,
-                            stride_wb, stride_wt, 0.0, STRIDED,
-                        ).to(tl.float32)  # fmt: skip
-                    loss *= rollout
-                    grad *= rollout
-                if HAS_REF:
-                    ref_log_prob = _load_tokens(
-                        REF_LOG_PROBS, start, lane, in_bounds, interior, row, column,
-                        stride_rb, stride_rt, 0.0, STRIDED,
-                    ).to(tl.float32)  # fmt: skip
-                    ref_log_prob = tl.where(counted, ref_log_prob, 0.0)
-                    kl, kl_grad = token_kl(log_prob, ref_log_prob)
-                    loss += beta * kl
-                    grad += beta * kl_grad
-                loss = tl.where(counted, weight * loss, 0.0)
-                total_loss += _lane_sum(loss, BLOCK, VECTOR)
-                if WRITE_GRAD:
-                    grad = tl.where(counted, weight * grad, 0.0)
-                    _store_tile(GRAD, start, lane, grad, in_bounds, interior)
-                if METRICS:
-                    negative = advantage < 0
-                    count = counted.to(tl.float32)
-                    tokens += _lane_sum(count, BLOCK, VECTOR)
-                    clipped_low += _lane_sum(tl.where(below & negative, count, 0.0), BLOCK, VECTOR)
-                    clipped_high += _lane_sum(
-                        tl.where(above & (advantage > 0), count, 0.0), BLOCK, VECTOR
-                    )
-                    clipped_dual += _lane_sum(tl.where(above & negative, count, 0.0), BLOCK, VECTOR)
-                    ratio = tl.where(counted, ratio, 0.0)
-                    log_ratio = tl.where(counted, log_ratio, 0.0)
-                    total_ratio += _lane_sum(ratio, BLOCK, VECTOR)
-                    total_k1 -= _lane_sum(log_ratio, BLOCK, VECTOR)
-                    total_k3 += _lane_sum(
-                        tl.where(counted, ratio - 1.0 - log_ratio, 0.0), BLOCK, VECTOR
-                    )
-                    max_ratio = tl.maximum(max_ratio, ratio)
-                    if HAS_REF:
-                        total_kl += _lane_sum(tl.where(counted, kl, 0.0), BLOCK, VECTOR)
-            else:
-                if WRITE_GRAD:
-                    _store_tile(
-                        GRAD, start, lane, tl.zeros([BLOCK], tl.float32), in_bounds, interior
-                    )
-
-    programs = tl.num_programs(0)
-    program_loss = tl.sum(total_loss, axis=0)
     if PACKED:
         # Offsets that do not span the stream cannot raise here without a sync: the loss says so.
         spans = (tl.load(CU_SEQLENS).to(tl.int64) == 0) & (
             tl.load(CU_SEQLENS + G).to(tl.int64) == N
         )
         program_loss = tl.where(spans, program_loss, float("nan"))
+    programs = tl.num_programs(0).to(tl.int64)
     tl.store(PARTIALS + pid, program_loss)
     if METRICS:
-        tl.store(PARTIALS + 1 * programs + pid, tl.sum(tokens, axis=0))
-        tl.store(PARTIALS + 2 * programs + pid, tl.sum(clipped_low, axis=0))
-        tl.store(PARTIALS + 3 * programs + pid, tl.sum(clipped_high, axis=0))
-        tl.store(PARTIALS + 4 * programs + pid, tl.sum(clipped_dual, axis=0))
-        tl.store(PARTIALS + 5 * programs + pid, tl.sum(total_ratio, axis=0))
-        tl.store(PARTIALS + 6 * programs + pid, tl.sum(total_k1, axis=0))
-        tl.store(PARTIALS + 7 * programs + pid, tl.sum(total_k3, axis=0))
-        tl.store(PARTIALS + 8 * programs + pid, tl.sum(total_kl, axis=0))
-        tl.store(PARTIALS + 9 * programs + pid, tl.max(max_ratio, axis=0))
+        tl.store(PARTIALS + 1 * programs + pid, tokens)
+        tl.store(PARTIALS + 2 * programs + pid, clipped_low)
+        tl.store(PARTIALS + 3 * programs + pid, clipped_high)
+        tl.store(PARTIALS + 4 * programs + pid, clipped_dual)
+        tl.store(PARTIALS + 5 * programs + pid, total_ratio)
+        tl.store(PARTIALS + 6 * programs + pid, total_k1)
+        tl.store(PARTIALS + 7 * programs + pid, total_k3)
+        tl.store(PARTIALS + 8 * programs + pid, total_kl)
+        tl.store(PARTIALS + 9 * programs + pid, max_ratio)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -314,7 +294,7 @@ def policy_loss_reduce_kernel(
     largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, programs, BLOCK):
         in_bounds = first + lane < programs
-        partial = tl.load(PARTIALS + k * programs + first + lane, mask=in_bounds, other=0.0)
+        partial = tl.load(PARTIALS + k.to(tl.int64) * programs + first + lane, mask=in_bounds, other=0.0)
         total += partial
         largest = tl.maximum(largest, partial)
     if k == 0:
@@ -325,13 +305,12 @@ def policy_loss_reduce_kernel(
         tl.store(METRICS + k - 1, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["N", "tiles_per_program"])
+@triton.jit(do_not_specialize=["N"])
 def policy_loss_bwd_kernel(
     GRAD,
     GRAD_OUTPUT,
     OUT,
     N: tl.int64,
-    tiles_per_program: tl.int64,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -339,11 +318,8 @@ def policy_loss_bwd_kernel(
     scale = tl.load(GRAD_OUTPUT).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     if (not IN_PLACE) | (scale != 1.0):
-        stream_start = tl.program_id(0).to(tl.int64) * tiles_per_program * BLOCK
-        for tile in range(tiles_per_program):
-            start = stream_start + tile * BLOCK
-            if start < N:
-                interior = start + BLOCK <= N
-                in_bounds = lane < N - start
-                grad = _load_tile(GRAD, start, lane, in_bounds, interior, 0.0).to(tl.float32)
-                _store_tile(OUT, start, lane, grad * scale, in_bounds, interior)
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        interior = start + BLOCK <= N
+        in_bounds = lane < N - start
+        grad = _load_tile(GRAD, start, lane, in_bounds, interior, 0.0).to(tl.float32)
+        _store_tile(OUT, start, lane, grad * scale, in_bounds, interior)
