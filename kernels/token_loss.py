@@ -39,7 +39,8 @@ def token_loss(
     above = ratio > high
     clipped = tl.where(below, low, tl.where(above, high, ratio))
     loss = -advantage * clipped
-    derivative = tl.where(outside | below | above, 0.0, -advantage * ratio)
+    # d(-A r)/d log_prob = -A r: where no bound is hit the derivative is the loss itself.
+    derivative = tl.where(outside | below | above, 0.0, loss)
     return loss, derivative, log_ratio, ratio, below, above
 
 

@@ -1,0 +1,277 @@
+"""Device code of the policy loss over logits.
+
+N tokens, one row of V logits each, one program a row: log-sum-exp in a first pass over the row,
+the loss of the token, and the gradient at the logits in a second pass. A token's logit z is
+logit / temperature, after an optional soft cap.
+"""
+
+import triton
+import triton.language as tl
+
+from .token_loss import token_kl, token_loss
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Where a running maximum starts: below every logit but finite, so that -inf - LOWEST is -inf.
+LOWEST = tl.constexpr(-3.4028234e38)
+
+
+@triton.jit
+def _soft_cap(logits, softcap, HAS_SOFTCAP: tl.constexpr):
+    """softcap * tanh(logits / softcap)"""
+    if HAS_SOFTCAP:
+        exp = tl.exp(-2.0 * tl.abs(logits) / softcap)
+        capped = softcap * (1.0 - exp) / (1.0 + exp)
+        logits = tl.where(logits < 0, -capped, capped)
+    return logits
+
+
+@triton.jit
+def _logit_grad(
+    logits, column, token_id, maximum, log2_sum, grad, to_log2, softcap, HAS_SOFTCAP: tl.constexpr
+):
+    """grad * (onehot - softmax), grad being the derivative of the loss by z of the token."""
+    capped = _soft_cap(logits, softcap, HAS_SOFTCAP)
+    probability = tl.exp2((capped - maximum) * to_log2 - log2_sum)
+    out = grad * (tl.where(column == token_id, 1.0, 0.0) - probability)
+    if HAS_SOFTCAP:
+        tanh = capped / softcap
+        out *= 1.0 - tanh * tanh
+    return out
+
+
+@triton.jit(
+    do_not_specialize=["first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
+    do_not_specialize_on_alignment=[
+        "TOKEN_IDS",
+        "ACTIVE",
+        "OLD_LOG_PROBS",
+        "REF_LOG_PROBS",
+        "ADVANTAGES",
+        "WEIGHTS",
+        "ROLLOUT_WEIGHTS",
+        "LOG_PROBS",
+        "ENTROPY",
+        "PARTIALS",
+    ],
+)
+def logits_policy_loss_kernel(
+    LOGITS,
+    TOKEN_IDS,
+    ACTIVE,
+    OLD_LOG_PROBS,
+    REF_LOG_PROBS,
+    ADVANTAGES,
+    WEIGHTS,
+    ROLLOUT_WEIGHTS,
+    GRAD,
+    LOG_PROBS,
+    ENTROPY,
+    PARTIALS,
+    first_row: tl.int64,
+    rows: tl.int64,
+    T: tl.int64,
+    V: tl.int64,
+    stride_lb: tl.int64,
+    stride_lt: tl.int64,
+    inverse_temperature: tl.float32,
+    softcap: tl.float32,
+    positive_high: tl.float32,
+    negative_low: tl.float32,
+    negative_high: tl.float32,
+    log_ratio_clamp: tl.float32,
+    beta: tl.float32,
+    HAS_LOSS: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WRITE_GRAD: tl.constexpr,
+    WRITE_ENTROPY: tl.constexpr,
+    METRICS: tl.constexpr,
+    ALIGNED_GRAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Row ``program_id`` of LOGITS belongs to token ``first_row + program_id`` of the N = ``rows``
+    tokens of the other tensors. GRAD may be LOGITS.
+
+    PARTIALS is (10 or 1, N) in the order of policy_loss_fwd_kernel, one column a token. Without
+    HAS_LOSS only the log-prob and the entropy are written.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    n = first_row + pid
+    BLOCK: tl.constexpr = GROUPS * VECTOR
+    lane = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+    # A row starts anywhere when V is odd. Its interior [first, last) is whole 16-byte vectors; the
+    # few logits on either side of it are one small tile, so every V gets wide loads and stores.
+    row_start = (pid // T) * stride_lb + (pid % T) * stride_lt
+    row_end = row_start + V
+    first = (row_start + VECTOR - 1) // VECTOR * VECTOR
+    last = tl.maximum(row_end // VECTOR * VECTOR, first)
+    interior = tl.multiple_of((last - first).to(tl.int32), VECTOR)
+    INTERIOR = LOGITS + tl.multiple_of(first, VECTOR)
+    side = tl.arange(0, 2 * VECTOR)
+    edge = tl.where(side < VECTOR, row_start + side, last + side - VECTOR)
+    in_edge = (edge < row_end) & ((side >= VECTOR) | (edge < first))
+
+    # Where the interior, and the edge, of this row lie in GRAD.
+    grad_start = pid * V
+    grad_shift = grad_start - row_start
+    GRAD_INTERIOR = GRAD + grad_start + (first - row_start)
+    if ALIGNED_GRAD:
+        GRAD_INTERIOR = GRAD + tl.multiple_of(first + grad_shift, VECTOR)
+
+    loss = 0.0
+    log_prob = 0.0
+    entropy = 0.0
+    tokens = 0.0
+    clipped_low = 0.0
+    clipped_high = 0.0
+    clipped_dual = 0.0
+    ratio = 0.0
+    k1 = 0.0
+    k3 = 0.0
+    kl = 0.0
+    grad = 0.0
+    maximum = 0.0
+    log2_sum = 0.0
+    to_log2 = inverse_temperature * LOG2_E
+    token_id = tl.full([], -1, tl.int64)
+    if tl.load(ACTIVE + n):
+        token_id = tl.load(TOKEN_IDS + n).to(tl.int64)
+        # A token id outside the vocabulary cannot raise here without a sync: the loss is NaN.
+        token_logit = tl.load(
+            LOGITS + row_start + token_id,
+            mask=(token_id >= 0) & (token_id < V),
+            other=float("nan"),
+        ).to(tl.float32)
+        token_logit = _soft_cap(token_logit, softcap, HAS_SOFTCAP)
+
+        # Each thread keeps the maximum and the sum of its own vectors: no exchange in the loop.
+        group_max = tl.full([GROUPS], LOWEST, tl.float32)
+        group_sum = tl.zeros([GROUPS], tl.float32)
+        # Sum of exp * (z - maximum), in units of log 2, for the entropy.
+        group_dot = tl.zeros([GROUPS], tl.float32)
+        for start in range(0, interior, BLOCK):
+            logits = tl.load(
+                INTERIOR + start + lane,
+                mask=start + lane < interior,
+                other=float("-inf"),
+                eviction_policy="evict_last",
+            ).to(tl.float32)
+            logits = _soft_cap(logits, softcap, HAS_SOFTCAP)
+            new_max = tl.maximum(group_max, tl.max(logits, axis=1))
+            shift = (group_max - new_max) * to_log2
+            shrink = tl.exp2(shift)
+            exponent = (logits - new_max[:, None]) * to_log2
+            exp = tl.exp2(exponent)
+            if WRITE_ENTROPY:
+                # exp is 0 where the exponent is -inf: 0 * -inf is NaN.
+                dot = tl.sum(tl.where(exp > 0, exp * exponent, 0.0), axis=1)
+                group_dot = (group_dot + group_sum * shift) * shrink + dot
+            group_sum = group_sum * shrink + tl.sum(exp, axis=1)
+            group_max = new_max
+        edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
+        edge_logits = _soft_cap(edge_logits, softcap, HAS_SOFTCAP)
+
+        maximum = tl.maximum(tl.max(group_max, axis=0), tl.max(edge_logits, axis=0))
+        shift = (group_max - maximum) * to_log2
+        shrink = tl.exp2(shift)
+        edge_exponent = (edge_logits - maximum) * to_log2
+        edge_exp = tl.exp2(edge_exponent)
+        total = tl.sum(group_sum * shrink, axis=0) + tl.sum(edge_exp, axis=0)
+        log2_sum = tl.log2(total)
+        # The largest logit adds exactly 1 to the total, so no log-prob is above 0.
+        log_prob = ((token_logit - maximum) * to_log2 - log2_sum) * LN_2
+        if WRITE_ENTROPY:
+            # A thread that saw no logit, or none above -inf, has sum 0 and shift -inf.
+            dot = tl.where(group_sum > 0, (group_dot + group_sum * shift) * shrink, 0.0)
+            edge_dot = tl.where(edge_exp > 0, edge_exp * edge_exponent, 0.0)
+            mean = (tl.sum(dot, axis=0) + tl.sum(edge_dot, axis=0)) / total
+            entropy = (log2_sum - mean) * LN_2
+
+        if HAS_LOSS:
+            advantage = tl.load(ADVANTAGES + n)
+            weight = tl.load(WEIGHTS + n)
+            old_log_prob = 0.0
+            if HAS_OLD:
+                old_log_prob = tl.load(OLD_LOG_PROBS + n).to(tl.float32)
+            loss, grad, log_ratio, ratio, below, above = token_loss(
+                log_prob, old_log_prob, advantage, positive_high, negative_low, negative_high,
+                log_ratio_clamp, HAS_OLD,
+            )  # fmt: skip
+            if HAS_ROLLOUT:
+                rollout = tl.load(ROLLOUT_WEIGHTS + n)
+                loss *= rollout
+                grad *= rollout
+            if HAS_REF:
+                kl, kl_grad = token_kl(log_prob, tl.load(REF_LOG_PROBS + n).to(tl.float32))
+                loss += beta * kl
+                grad += beta * kl_grad
+            loss *= weight
+            grad *= weight * inverse_temperature
+            if METRICS:
+                tokens = 1.0
+                clipped_low = (below & (advantage < 0)).to(tl.float32)
+                clipped_high = (above & (advantage > 0)).to(tl.float32)
+                clipped_dual = (above & (advantage < 0)).to(tl.float32)
+                k1 = -log_ratio
+                k3 = ratio - 1.0 - log_ratio
+
+    if WRITE_GRAD:
+        # In place the stores must not overtake another thread's loads of the first pass.
+        tl.debug_barrier()
+        if grad != 0:
+            edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=0.0).to(tl.float32)
+            edge_grad = _logit_grad(
+                edge_logits, edge - row_start, token_id, maximum, log2_sum, grad, to_log2,
+                softcap, HAS_SOFTCAP,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.store(GRAD + edge + grad_shift, edge_grad.to(GRAD.dtype.element_ty), mask=in_edge)
+            # Backwards: what the first pass read last is still in the caches.
+            token_lane = (token_id - (first - row_start)).to(tl.int32)
+            tiles = tl.cdiv(interior, BLOCK)
+            for tile in range(0, tiles):
+                start = (tiles - 1 - tile) * BLOCK
+                in_bounds = start + lane < interior
+                logits = tl.load(
+                    INTERIOR + start + lane,
+                    mask=in_bounds,
+                    other=0.0,
+                    eviction_policy="evict_first",
+                ).to(tl.float32)
+                logit_grad = _logit_grad(
+                    logits, start + lane, token_lane, maximum, log2_sum, grad, to_log2,
+                    softcap, HAS_SOFTCAP,
+                )  # fmt: skip
+                tl.store(
+                    GRAD_INTERIOR + start + lane,
+                    logit_grad.to(GRAD.dtype.element_ty),
+                    mask=in_bounds,
+                )
+        else:
+            # A masked or a clipped token costs no second read.
+            zeros = tl.zeros([GROUPS, VECTOR], GRAD.dtype.element_ty)
+            edge_zeros = tl.zeros([2 * VECTOR], GRAD.dtype.element_ty)
+            tl.store(GRAD + edge + grad_shift, edge_zeros, mask=in_edge)
+            for start in range(0, interior, BLOCK):
+                tl.store(GRAD_INTERIOR + start + lane, zeros, mask=start + lane < interior)
+
+    tl.store(LOG_PROBS + n, log_prob)
+    if WRITE_ENTROPY:
+        tl.store(ENTROPY + n, entropy)
+    if HAS_LOSS:
+        tl.store(PARTIALS + n, loss)
+    if METRICS:
+        tl.store(PARTIALS + 1 * rows + n, tokens)
+        tl.store(PARTIALS + 2 * rows + n, clipped_low)
+        tl.store(PARTIALS + 3 * rows + n, clipped_high)
+        tl.store(PARTIALS + 4 * rows + n, clipped_dual)
+        tl.store(PARTIALS + 5 * rows + n, ratio)
+        tl.store(PARTIALS + 6 * rows + n, k1)
+        tl.store(PARTIALS + 7 * rows + n, k3)
+        tl.store(PARTIALS + 8 * rows + n, kl)
+        tl.store(PARTIALS + 9 * rows + n, ratio)
