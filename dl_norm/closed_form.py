@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,13 @@ def policy_loss_fwd(
         return _policy_loss_fwd(*arguments, fill=True)
     # Multiplying by the mask costs a quarter of filling, but a masked NaN survives it: look.
     outputs = _policy_loss_fwd(*arguments, fill=False)
-    if not bool(outputs[0].isfinite()):
+    if not math.isfinite(outputs[0].item()):
         outputs = _policy_loss_fwd(*arguments, fill=True)
     return outputs
 
 
 def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    if values_are_free(grad_output) and bool(grad_output == 1):
+    if values_are_free(grad_output) and grad_output.item() == 1.0:
         return grad.to(dtype)
     return (grad * grad_output).to(dtype)
 

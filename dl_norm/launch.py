@@ -29,11 +29,17 @@ class TileConfig:
     num_warps: int
 
 
-def tile_config(itemsize: int) -> TileConfig:
+def tile_config(itemsize: int, warp_size: int) -> TileConfig:
     """One 16-byte load a thread and tensor (4 tokens in 32 bits, 8 in 16 bits): more tokens a
     thread cost registers and with them occupancy."""
-    num_warps = 8
-    return TileConfig(32 * num_warps * 16 // itemsize, num_warps)
+    threads = 256
+    return TileConfig(threads * 16 // itemsize, threads // warp_size)
+
+
+def _tile_config(itemsize: int) -> TileConfig:
+    if INTERPRETED:
+        return tile_config(itemsize, 32)
+    return tile_config(itemsize, triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def policy_loss_fwd(
@@ -76,9 +82,9 @@ def policy_loss_fwd(
         mask,
         rollout_weights if token_rollout else None,
     )
-    strided = any(stream is not None and not stream.is_contiguous() for stream in streams)
+    strided = not all(stream is None or _is_vectorisable(stream) for stream in streams)
     strides = [stride for stream in streams for stride in _strides(stream)]
-    config = tile_config(log_probs.element_size())
+    config = _tile_config(log_probs.element_size())
     programs = triton.cdiv(tokens, config.block)
     num_sums = NUM_SUMS.value if metrics else 1
     partials = torch.empty((num_sums, programs), dtype=torch.float32, device=device)
@@ -132,7 +138,7 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel() == 0:
         return out
-    config = tile_config(grad.element_size())
+    config = _tile_config(min(grad.element_size(), out.element_size()))
     with torch.accelerator.device_index(grad.device.index):
         policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), config.block),)](
             grad,
@@ -144,6 +150,10 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
             num_warps=config.num_warps,
         )
     return out
+
+
+def _is_vectorisable(stream: Tensor) -> bool:
+    return stream.is_contiguous() and stream.data_ptr() % 16 == 0
 
 
 def _strides(stream: Tensor | None) -> tuple[int, int]:

@@ -20,7 +20,7 @@ LOWEST = tl.constexpr(-3.4028234e38)
 def _soft_cap(logits, softcap, HAS_SOFTCAP: tl.constexpr):
     """softcap * tanh(logits / softcap)"""
     if HAS_SOFTCAP:
-        exp = tl.exp(-2.0 * tl.abs(logits) / softcap)
+        exp = tl.exp(tl.abs(logits) * (-2.0 / softcap))
         capped = softcap * (1.0 - exp) / (1.0 + exp)
         logits = tl.where(logits < 0, -capped, capped)
     return logits
@@ -35,7 +35,7 @@ def _logit_grad(
     probability = tl.exp2((capped - maximum) * to_log2 - log2_sum)
     out = grad * (tl.where(column == token_id, 1.0, 0.0) - probability)
     if HAS_SOFTCAP:
-        tanh = capped / softcap
+        tanh = capped * (1.0 / softcap)
         out *= 1.0 - tanh * tanh
     return out
 

@@ -18,10 +18,12 @@ NUM_SUMS = tl.constexpr(10)
 @triton.jit
 def _load_tile(PTR, start, lane, in_bounds, interior, OTHER: tl.constexpr):
     # A load with a mask cannot be proved vectorisable, so only the stream's last tile uses one.
+    # Streams read this way are 16-byte aligned: the launcher sees to it.
+    pointers = tl.multiple_of(PTR + start, 16) + lane
     if interior:
-        values = tl.load(PTR + start + lane)
+        values = tl.load(pointers)
     else:
-        values = tl.load(PTR + start + lane, mask=in_bounds, other=OTHER)
+        values = tl.load(pointers, mask=in_bounds, other=OTHER)
     return values
 
 
@@ -48,11 +50,12 @@ def _load_tokens(
 
 @triton.jit
 def _store_tile(PTR, start, lane, values, in_bounds, interior):
+    pointers = tl.multiple_of(PTR + start, 16) + lane
     values = values.to(PTR.dtype.element_ty)
     if interior:
-        tl.store(PTR + start + lane, values)
+        tl.store(pointers, values)
     else:
-        tl.store(PTR + start + lane, values, mask=in_bounds)
+        tl.store(pointers, values, mask=in_bounds)
 
 
 @triton.jit
@@ -69,25 +72,18 @@ def _sequence_end(CU_SEQLENS, seq, T, PACKED: tl.constexpr):
     return end
 
 
+# Nothing here is specialised on the values or the alignment of its arguments: every T, batch,
+# slice and setting runs one and the same compiled kernel.
 @triton.jit(
     do_not_specialize=[
-        "N",
-        "T",
-        "G",
-        "stride_lb",
-        "stride_lt",
-        "stride_ob",
-        "stride_ot",
-        "stride_rb",
-        "stride_rt",
-        "stride_ab",
-        "stride_at",
-        "stride_mb",
-        "stride_mt",
-        "stride_wb",
-        "stride_wt",
-    ]
-)
+        "N", "T", "G", "stride_lb", "stride_lt", "stride_ob", "stride_ot", "stride_rb",
+        "stride_rt", "stride_ab", "stride_at", "stride_mb", "stride_mt", "stride_wb", "stride_wt",
+    ],
+    do_not_specialize_on_alignment=[
+        "LOG_PROBS", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "MASK", "WEIGHTS",
+        "ROLLOUT_WEIGHTS", "CU_SEQLENS", "GRAD", "PARTIALS",
+    ],
+)  # fmt: skip
 def policy_loss_fwd_kernel(
     LOG_PROBS,
     OLD_LOG_PROBS,

@@ -1,0 +1,127 @@
+"""Launches the kernel of ``kernels/logits_policy_loss.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from .kernels.logits_policy_loss import logits_policy_loss_kernel
+from .kernels.policy_loss import policy_loss_reduce_kernel
+from .logits_closed_form import RowOutputs, RowSettings
+from .options import PolicyLossOptions
+from .token_rows import TokenRows
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How a row is cut into tiles of ``groups`` vectors of ``vector`` logits."""
+
+    groups: int
+    vector: int
+    num_warps: int
+
+
+def row_config(itemsize: int, warp_size: int = 32) -> RowConfig:
+    """16-byte vectors, two a thread: 32 KB of loads under way on a multiprocessor.
+
+    One program of 1024 threads fills a multiprocessor, so that the rows being worked on (one each)
+    stay in the L2 cache between the two passes. At least one vector a thread: in place, no logit
+    may belong to two threads.
+    """
+    num_warps = 1024 // warp_size
+    return RowConfig(2 * 1024, 16 // itemsize, num_warps)
+
+
+def logits_pass(
+    logits: Tensor,
+    grad: Tensor | None,
+    rows: TokenRows,
+    first_row: int,
+    settings: RowSettings,
+    outputs: RowOutputs,
+) -> None:
+    """What :func:`dl_norm.logits_closed_form.logits_pass` does, in one launch.
+
+    ``logits`` may have any strides but the last, which is 1; ``grad`` is contiguous.
+    """
+    vocabulary = logits.shape[-1]
+    programs = logits.numel() // max(1, vocabulary)
+    if programs == 0:
+        return
+    strides = (0, *logits.stride())[-3:]
+    row_length = programs if logits.ndim == 2 else logits.shape[1]
+    config = row_config(logits.element_size(), _warp_size(logits.device))
+    # The rows of grad start as far from a 16-byte boundary as those of logits.
+    aligned_grad = logits.is_contiguous() or all(
+        length % config.vector == 0 for length in (vocabulary, *strides[:2])
+    )
+    options = settings.options or PolicyLossOptions()
+    # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
+    unread = outputs.log_probs
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return unread if tensor is None else tensor
+
+    with torch.accelerator.device_index(logits.device.index):
+        logits_policy_loss_kernel[(programs,)](
+            logits,
+            rows.token_ids,
+            rows.active,
+            pointer(rows.old_log_probs),
+            pointer(rows.ref_log_probs),
+            pointer(rows.advantages),
+            pointer(rows.weights),
+            pointer(rows.rollout_weights),
+            pointer(grad),
+            outputs.log_probs,
+            pointer(outputs.entropy),
+            outputs.partials,
+            first_row,
+            rows.count,
+            row_length,
+            vocabulary,
+            strides[0],
+            strides[1],
+            1.0 / settings.temperature,
+            1.0 if settings.softcap is None else settings.softcap,
+            options.positive_high,
+            options.negative_low,
+            options.negative_high,
+            options.log_ratio_bound,
+            options.beta,
+            HAS_LOSS=settings.options is not None,
+            HAS_OLD=rows.old_log_probs is not None,
+            HAS_REF=rows.ref_log_probs is not None,
+            HAS_ROLLOUT=rows.rollout_weights is not None,
+            HAS_SOFTCAP=settings.softcap is not None,
+            WRITE_GRAD=grad is not None,
+            WRITE_ENTROPY=settings.entropy,
+            METRICS=settings.metrics,
+            ALIGNED_GRAD=aligned_grad,
+            GROUPS=config.groups,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+        )
+
+
+def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`dl_norm.logits_closed_form.reduce_partials` does, in one launch."""
+    num_sums, rows = partials.shape
+    loss = partials.new_empty(())
+    sums = partials.new_empty(num_sums - 1)
+    if rows == 0:
+        return loss.zero_(), sums.zero_()
+    with torch.accelerator.device_index(partials.device.index):
+        policy_loss_reduce_kernel[(num_sums,)](
+            partials, loss, sums, rows, NUM_SUMS=num_sums, BLOCK=4096, num_warps=8
+        )
+    return loss, sums
+
+
+def _warp_size(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size

@@ -1,0 +1,121 @@
+"""What the loss over logits needs to know of each token, one entry per row of the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .checks import values_are_free
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Flat (N,) tensors; float32 where not said otherwise.
+
+    active (bool) is False where the token has neither loss nor gradient: its row is not read.
+    Inactive rows have advantage and weight 0, whatever was passed there. A loss has advantages
+    and weights; log-probs alone need neither.
+    """
+
+    token_ids: Tensor  # integer
+    active: Tensor
+    advantages: Tensor | None = None
+    weights: Tensor | None = None
+    old_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.token_ids.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> TokenRows:
+        """The rows of ``index``, a slice or a tensor of row numbers."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenRows(**{
+            name: tensor if tensor is None else tensor[index] for name, tensor in tensors.items()
+        })  # fmt: skip
+
+
+def policy_loss_rows(
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    skip_zero_advantages: bool,
+) -> TokenRows:
+    """Spreads per-sequence values over the tokens of a (B, T) or packed (N,) batch.
+
+    ``skip_zero_advantages``: tokens of advantage 0 are inactive too. Their policy term and its
+    gradient are exactly 0, so this is right where nothing else of them is asked for.
+    """
+    shape = token_ids.shape
+    sequences = weights.shape[0]
+    tokens = token_ids.numel()
+    device = token_ids.device
+    weights = weights.float()
+    if cu_seqlens is not None and sequences:
+        # Offsets that do not span the stream cannot raise here without a sync: the loss is NaN.
+        ends = cu_seqlens[1:].contiguous()
+        sequence_of = torch.searchsorted(
+            ends, torch.arange(tokens, dtype=ends.dtype, device=device), right=True
+        ).clamp_(max=sequences - 1)
+        if not values_are_free(cu_seqlens):
+            spans = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
+            weights = torch.where(spans, weights, torch.nan)
+
+    def spread(values: Tensor | None, by_sequence: bool) -> Tensor | None:
+        if values is None:
+            return None
+        values = values.float()
+        if not by_sequence:
+            return values.reshape(tokens)
+        if cu_seqlens is None:
+            return values[:, None].expand(shape).reshape(tokens)
+        return values[sequence_of] if sequences else values.new_zeros(tokens)
+
+    advantages = spread(advantages, advantages.shape == (sequences,))
+    weights = spread(weights, True)
+    rollout_weights = spread(
+        rollout_weights, rollout_weights is not None and rollout_weights.shape == (sequences,)
+    )
+    active = torch.ones(tokens, dtype=torch.bool, device=device)
+    if mask is not None:
+        active = (mask != 0).reshape(tokens)
+    counted = active
+    if skip_zero_advantages:
+        active = active & (advantages != 0)
+    return TokenRows(
+        token_ids=token_ids.reshape(tokens),
+        active=active,
+        advantages=torch.where(counted, advantages, 0.0),
+        weights=torch.where(counted, weights, 0.0),
+        old_log_probs=spread(old_log_probs, False),
+        ref_log_probs=spread(ref_log_probs, False),
+        rollout_weights=rollout_weights,
+    )
+
+
+def check_token_ids(token_ids: Tensor, mask: Tensor | None, shape: torch.Size, size: int) -> None:
+    """``size`` is V. On a GPU an id outside the vocabulary makes the loss NaN instead."""
+    if not isinstance(token_ids, Tensor):
+        raise TypeError(f"token_ids must be a tensor, got {type(token_ids).__name__}")
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}")
+    if token_ids.shape != shape:
+        raise ValueError(f"token_ids must be {tuple(shape)}, got {tuple(token_ids.shape)}")
+    if values_are_free(token_ids):
+        outside = (token_ids < 0) | (token_ids >= size)
+        if mask is not None:
+            outside &= mask != 0
+        if bool(outside.any()):
+            raise ValueError(
+                f"token_ids must be in [0, V = {size}) where mask != 0, got "
+                f"{int(token_ids[outside][0])}"
+            )
