@@ -11,8 +11,6 @@ from .metrics import PolicyLossMetrics
 from .modules import DeltaLLoss
 from .weights import reweight_advantages, sequence_lengths, sequence_weights
 
-
-
 __all__ = [
     "DeltaLLoss",
     "PolicyLossMetrics",

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import closed_form
+from .metrics import NUM_METRIC_SUMS
 from .options import PolicyLossOptions
+
+# old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs, rollout_weights
+Constants = tuple[
+    Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None
+]
 
 
 def _launch(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +58,7 @@ def _(log_probs, *args):
     return (
         log_probs.new_empty((), dtype=torch.float32),
         log_probs.new_empty(log_probs.shape if write_grad else (0,), dtype=grad_dtype),
-        log_probs.new_empty((9 if metrics else 0,), dtype=torch.float32),
+        log_probs.new_empty((NUM_METRIC_SUMS if metrics else 0,), dtype=torch.float32),
     )
 
 
@@ -60,10 +66,10 @@ class PolicyLossFunction(torch.autograd.Function):
     """Differentiable with respect to log_probs alone."""
 
     @staticmethod
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx,
         log_probs: Tensor,
-        constants: tuple[Tensor | None, ...],
+        constants: Constants,
         options: PolicyLossOptions,
         impl: str,
         write_grad: bool,
@@ -74,9 +80,7 @@ class PolicyLossFunction(torch.autograd.Function):
                 log_probs, *constants, options, write_grad, metrics
             )
         elif torch.compiler.is_compiling():
-            outputs = _policy_loss_op(
-                log_probs, *constants, *astuple(options), write_grad, metrics
-            )
+            outputs = _policy_loss_op(log_probs, *constants, *astuple(options), write_grad, metrics)
         else:
             outputs = _launch(log_probs, *constants, options, write_grad, metrics)
         loss, grad, sums = outputs
@@ -89,7 +93,8 @@ class PolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor, _grad_sums: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_loss = grad_outputs[0]  # the metrics have no gradient
         (grad,) = ctx.saved_tensors
         if ctx.impl == "torch" or torch.compiler.is_compiling():
             grad = closed_form.policy_loss_bwd(grad, grad_loss, ctx.dtype)

@@ -65,7 +65,9 @@ def check_policy_loss_inputs(
         ("weights", weights, False, True),
     )
     for name, tensor, per_token, by_sequence in constants:
-        if tensor is None and name not in ("advantages", "weights"):
+        if tensor is None:
+            if name in ("advantages", "weights"):
+                raise TypeError(f"{name} must be a tensor, got None")
             continue
         _check_tensor(name, tensor, (*LOG_PROB_DTYPES, torch.float64))
         _check_device(name, tensor, log_probs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,18 +26,32 @@ def policy_loss_fwd(
     metrics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the loss (0-dim float32), its gradient with respect to log_probs (float32, empty
-    unless ``write_grad``) and the (9,) sums of PolicyLossMetrics (empty unless ``metrics``)."""
-    arguments = (
-        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights, options, write_grad, metrics,
-    )  # fmt: skip
-    if mask is None or not values_are_free(log_probs):
-        return _policy_loss_fwd(*arguments, fill=True)
+    unless ``write_grad``) and the sums of PolicyLossMetrics (empty unless ``metrics``)."""
+
+    def spread(values: Tensor) -> Tensor:
+        # (G,) values so that they broadcast against the tokens; per-token values as they are.
+        if values.shape != weights.shape:
+            return values
+        if cu_seqlens is None:
+            return values[:, None]
+        return values.repeat_interleave(cu_seqlens.diff(), output_size=log_probs.shape[0])
+
     # Multiplying by the mask costs a quarter of filling, but a masked NaN survives it: look.
-    outputs = _policy_loss_fwd(*arguments, fill=False)
-    if not math.isfinite(outputs[0].item()):
-        outputs = _policy_loss_fwd(*arguments, fill=True)
-    return outputs
+    fill = mask is None or not values_are_free(log_probs)
+    arguments = (
+        log_probs, old_log_probs, advantages.float(), mask, weights, ref_log_probs,
+        rollout_weights, options, write_grad, spread,
+    )  # fmt: skip
+    loss, grad = _loss_and_grad(*arguments, fill)
+    if not (fill or math.isfinite(loss.item())):
+        loss, grad = _loss_and_grad(*arguments, True)
+    sums = weights.new_empty(0)
+    if metrics:
+        counted = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask != 0
+        sums = _metric_sums(
+            log_probs, old_log_probs, spread(advantages), counted, ref_log_probs, options
+        )
+    return loss, grad, sums
 
 
 def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,36 +60,21 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     return (grad * grad_output).to(dtype)
 
 
-def _policy_loss_fwd(
+def _loss_and_grad(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     weights: Tensor,
-    cu_seqlens: Tensor | None,
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
     options: PolicyLossOptions,
     write_grad: bool,
-    metrics: bool,
+    spread: Callable[[Tensor], Tensor],
     fill: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     # In place wherever a tensor is not needed any more: here the time goes into memory traffic.
-    sequences = weights.shape[0]
-
-    def spread(values: Tensor) -> Tensor:
-        """(G,) values so that they broadcast against the tokens; per-token values as they are."""
-        if values.shape != (sequences,):
-            return values
-        if cu_seqlens is None:
-            return values[:, None]
-        return values.repeat_interleave(cu_seqlens.diff(), output_size=log_probs.shape[0])
-
-    def drop_ignored_(values: Tensor) -> Tensor:
-        if mask is None:
-            return values
-        return values.masked_fill_(ignored, 0.0) if fill else values.mul_(counted)
-
+    ignored, counted = None, None
     if mask is not None:
         if fill:
             ignored = mask == 0
@@ -82,7 +82,11 @@ def _policy_loss_fwd(
             counted = mask.to(torch.float32)
             counted = counted if mask.dtype == torch.bool else counted.ne_(0)
 
-    advantages = advantages.float()
+    def drop_ignored_(values: Tensor) -> Tensor:
+        if ignored is not None:
+            return values.masked_fill_(ignored, 0.0)
+        return values if counted is None else values.mul_(counted)
+
     weight = spread(weights)
     if rollout_weights is None:
         coefficient = _product(-advantages, weights, spread)
@@ -101,56 +105,65 @@ def _policy_loss_fwd(
         ratio = torch.ones_like(log_probs, dtype=torch.float32)
     else:
         ratio = torch.sub(log_probs.float(), old_log_probs.float())
-        if metrics:
-            log_ratio = ratio.clamp(-options.log_ratio_bound, options.log_ratio_bound)
         ratio.exp_()
     clipped = torch.maximum(ratio, spread(low))
     torch.minimum(clipped, spread(high), out=clipped)
-
-    sums = weights.new_empty(0)
-    if metrics:
-        everything = torch.ones_like(ratio, dtype=torch.bool) if mask is None else mask != 0
-        if old_log_probs is None:
-            log_ratio = torch.zeros_like(ratio)
-        true_ratio = log_ratio.exp()
-        positive, negative = spread(advantages) > 0, spread(negative)
-
-        def total(values: Tensor) -> Tensor:
-            return torch.where(everything, values, 0.0).sum()
-
-        sums = [
-            everything.sum().float(),
-            (everything & negative & (true_ratio < options.negative_low)).sum().float(),
-            (everything & positive & (true_ratio > options.positive_high)).sum().float(),
-            (everything & negative & (true_ratio > options.negative_high)).sum().float(),
-            total(true_ratio),
-            -total(log_ratio),
-            total(true_ratio - 1.0 - log_ratio),
-        ]
 
     # Where no bound is hit the derivative of -A x r by the log-prob is -A x r itself.
     active = ratio.eq_(clipped)
     terms = drop_ignored_(clipped.mul_(coefficient))
     grad = active.mul_(terms) if write_grad else weights.new_empty(0)
-    if ref_log_probs is not None:
+    if options.beta and ref_log_probs is not None:
         difference = torch.sub(ref_log_probs.float(), log_probs.float())
         exp_difference = difference.exp()
-        kl = (exp_difference - difference).sub_(1.0)
-        if metrics:
-            sums.append(total(kl))
         kl_weight = weight * options.beta
+        kl = (exp_difference - difference).sub_(1.0)
         terms.add_(drop_ignored_(kl.mul_(kl_weight)))
         if write_grad:
             grad.add_(drop_ignored_((1.0 - exp_difference).mul_(kl_weight)))
-    elif metrics:
-        sums.append(terms.new_zeros(()))
-    if metrics:
-        largest = torch.where(everything, true_ratio, 0.0)
-        sums.append(largest.amax() if largest.numel() else terms.new_zeros(()))
-        sums = torch.stack(sums)
-    return terms.sum(), grad, sums
+    return terms.sum(), grad
 
 
-def _product(a: Tensor, b: Tensor, spread) -> Tensor:
+def _metric_sums(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantage: Tensor,
+    counted: Tensor,
+    ref_log_probs: Tensor | None,
+    options: PolicyLossOptions,
+) -> Tensor:
+    """(9,) sums in the order of the fields of PolicyLossMetrics. Not on the hot path."""
+
+    def zeroed(values: Tensor) -> Tensor:
+        return torch.where(counted, values, 0.0)
+
+    log_prob = zeroed(log_probs.float())
+    log_ratio = torch.zeros_like(log_prob)
+    if old_log_probs is not None:
+        log_ratio = log_prob - zeroed(old_log_probs.float())
+    log_ratio = log_ratio.clamp(-options.log_ratio_bound, options.log_ratio_bound)
+    ratio = log_ratio.exp()
+    kl = log_ratio.new_zeros(())
+    if ref_log_probs is not None:
+        difference = zeroed(ref_log_probs.float()) - log_prob
+        kl = (difference.exp() - difference - 1.0).sum()
+    positive, negative = counted & (advantage > 0), counted & (advantage < 0)
+    largest = zeroed(ratio)
+    return torch.stack(
+        [
+            counted.sum().float(),
+            (negative & (ratio < options.negative_low)).sum().float(),
+            (positive & (ratio > options.positive_high)).sum().float(),
+            (negative & (ratio > options.negative_high)).sum().float(),
+            largest.sum(),
+            -log_ratio.sum(),
+            zeroed(ratio - 1.0 - log_ratio).sum(),
+            kl,
+            largest.amax() if largest.numel() else kl,
+        ]
+    )
+
+
+def _product(a: Tensor, b: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
     """a * b at the tokens: multiplied per sequence first if both are per sequence."""
     return spread(a * b) if a.shape == b.shape else spread(a) * spread(b)

@@ -1,20 +1,25 @@
 """Launches the kernels of ``kernels/policy_loss.py``: block sizes, grids, outputs."""
 
+# A launch takes options of Triton (num_warps) that the kernel's own signature has not.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 
 from .kernels.policy_loss import (
-    NUM_SUMS,
     policy_loss_bwd_kernel,
     policy_loss_fwd_kernel,
     policy_loss_reduce_kernel,
 )
+from .metrics import NUM_METRIC_SUMS
 from .options import PolicyLossOptions
 
 INTERPRETED = isinstance(policy_loss_fwd_kernel, InterpretedFunction)
@@ -39,7 +44,8 @@ def tile_config(itemsize: int, warp_size: int) -> TileConfig:
 def _tile_config(itemsize: int) -> TileConfig:
     if INTERPRETED:
         return tile_config(itemsize, 32)
-    return tile_config(itemsize, triton.runtime.driver.active.get_current_target().warp_size)
+    target = cast(GPUTarget, triton.runtime.driver.active.get_current_target())
+    return tile_config(itemsize, target.warp_size)
 
 
 def policy_loss_fwd(
@@ -65,7 +71,7 @@ def policy_loss_fwd(
     sequences = weights.shape[0]
     grad_dtype = torch.float32 if log_probs.dtype == torch.float16 else log_probs.dtype
     loss = torch.empty((), dtype=torch.float32, device=device)
-    sums = torch.empty(NUM_SUMS.value - 1 if metrics else 0, dtype=torch.float32, device=device)
+    sums = torch.empty(NUM_METRIC_SUMS if metrics else 0, dtype=torch.float32, device=device)
     grad = torch.empty(log_probs.shape if write_grad else 0, dtype=grad_dtype, device=device)
     if tokens == 0 or sequences == 0:
         return loss.zero_(), grad.zero_(), sums.zero_()
@@ -86,7 +92,7 @@ def policy_loss_fwd(
     strides = [stride for stream in streams for stride in _strides(stream)]
     config = _tile_config(log_probs.element_size())
     programs = triton.cdiv(tokens, config.block)
-    num_sums = NUM_SUMS.value if metrics else 1
+    num_sums = 1 + sums.numel()
     partials = torch.empty((num_sums, programs), dtype=torch.float32, device=device)
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
     unread = weights

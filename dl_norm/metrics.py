@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The fields of PolicyLossMetrics that an implementation computes: all but ``sequences``.
+NUM_METRIC_SUMS = 9
+
 
 @dataclass(frozen=True)
 class PolicyLossMetrics:
@@ -37,7 +40,7 @@ class PolicyLossMetrics:
 
     @classmethod
     def from_sums(cls, sums: Tensor, weights: Tensor) -> PolicyLossMetrics:
-        """From the (9,) sums of a kernel, in the order of the fields."""
+        """From the (NUM_METRIC_SUMS,) sums of an implementation, in the order of the fields."""
         return cls(*sums.unbind(), sequences=(weights != 0).sum().float())
 
     def __add__(self, other: PolicyLossMetrics) -> PolicyLossMetrics:

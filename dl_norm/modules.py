@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,7 +39,7 @@ class DeltaLLoss(torch.nn.Module):
     ):
         super().__init__()
         PolicyLossOptions(eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta)
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             alpha=alpha, max_length=max_length, group=group, eps_low=eps_low, eps_high=eps_high,
             dual_clip=dual_clip, delta=delta, log_ratio_clamp=log_ratio_clamp, beta=beta,
             impl=impl, return_metrics=return_metrics,

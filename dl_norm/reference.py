@@ -74,6 +74,7 @@ def policy_loss(
         loss = torch.where(advantage < 0, loss.clamp(max=-dual_clip * advantage), loss)
     if rollout_weights is not None:
         loss = loss * tokens(per_token(rollout_weights))
+    kl = torch.zeros_like(ratio)
     if ref_log_probs is not None:
         difference = tokens(ref_log_probs) - log_prob
         kl = difference.exp() - difference - 1
@@ -93,7 +94,7 @@ def policy_loss(
             tokens(ratio),
             -log_ratio,
             tokens(ratio - 1 - log_ratio),
-            torch.zeros_like(ratio) if ref_log_probs is None else tokens(kl),
+            tokens(kl),
         ]
         largest = tokens(ratio).amax() if ratio.numel() else ratio.new_zeros(())
         totals = torch.stack([*(values.to(dtype).sum() for values in sums), largest])

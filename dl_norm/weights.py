@@ -59,25 +59,28 @@ def sequence_weights(
     if method == "delta_l":
         _check_alpha(alpha)
     elif alpha != 1.0:
-        raise ValueError(f"alpha={alpha} has no effect on method={method!r}; leave it out")
+        raise ValueError(f"alpha={alpha} has no effect on method={method!r}; omit it")
     if method in ("delta_l", "dr_grpo"):
-        _check_max_length(max_length, method)
+        constant = _checked_max_length(max_length, method)
     elif max_length is not None:
-        raise ValueError(f"max_length={max_length} has no effect on method={method!r}; leave it out")
+        raise ValueError(f"max_length={max_length} has no effect on method={method!r}; omit it")
+    else:
+        constant = 1
 
+    sequences = _length_power(lengths, 0.0)
     if method == "delta_l":
-        unnormalised = _length_power(lengths, -alpha)
-        denominator = _total(unnormalised, group) * max_length
+        numerator = _length_power(lengths, -alpha)
+        denominator = _total(numerator, group) * constant
     elif method == "grpo":
-        unnormalised = _length_power(lengths, -1.0)
-        denominator = _total(_length_power(lengths, 0.0), group)
+        numerator = _length_power(lengths, -1.0)
+        denominator = _total(sequences, group)
     elif method == "dapo":
-        unnormalised = _length_power(lengths, 0.0)
+        numerator = sequences
         denominator = _total(_length_power(lengths, 1.0), group)
     else:
-        unnormalised = _length_power(lengths, 0.0)
-        denominator = _total(unnormalised, group) * max_length
-    return _divide(unnormalised, denominator).float()
+        numerator = sequences
+        denominator = _total(sequences, group) * constant
+    return _divide(numerator, denominator).float()
 
 
 def reweight_advantages(
@@ -176,10 +179,11 @@ def _check_alpha(alpha: float) -> None:
     check_number(alpha, "alpha", "alpha >= 0", lambda a: a >= 0)
 
 
-def _check_max_length(max_length: float | None, method: str) -> None:
+def _checked_max_length(max_length: float | None, method: str) -> float:
     if max_length is None:
         raise ValueError(
             f"method={method!r} needs max_length, the constant M (usually the maximum response "
             "length); it is not read off the padding"
         )
     check_number(max_length, "max_length", "max_length > 0", lambda m: m > 0)
+    return max_length

@@ -10,10 +10,6 @@ import triton.language as tl
 
 from .token_loss import token_kl, token_loss
 
-# Rows of the (NUM_SUMS, programs) array of partial results. Row 0 is the loss; the rest exist
-# when metrics are asked for. The last row is combined by maximum, the others by addition.
-NUM_SUMS = tl.constexpr(10)
-
 
 @triton.jit
 def _load_tile(PTR, start, lane, in_bounds, interior, OTHER: tl.constexpr):
@@ -233,8 +229,9 @@ def policy_loss_fwd_kernel(
                 stride_rb, stride_rt, 0.0, STRIDED,
             ).to(tl.float32)  # fmt: skip
             kl, kl_grad = token_kl(log_prob, tl.where(counted, ref_log_prob, 0.0))
-            loss += beta * kl
-            grad += beta * kl_grad
+            # Not 0 * inf where the reference is read for its metric alone.
+            loss += tl.where(beta > 0, beta * kl, 0.0)
+            grad += tl.where(beta > 0, beta * kl_grad, 0.0)
         if WRITE_GRAD:
             grad = tl.where(counted, weight * grad, 0.0)
             _store_tile(GRAD, start, lane, grad, in_bounds, interior)
@@ -283,14 +280,19 @@ def policy_loss_fwd_kernel(
 def policy_loss_reduce_kernel(
     PARTIALS, LOSS, METRICS, programs: tl.int32, NUM_SUMS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Program k combines row k of PARTIALS in a fixed order: same bits every run."""
+    """Program k combines row k of PARTIALS in a fixed order: same bits every run.
+
+    Row 0 is the loss. The others, if any, are the metrics: sums, and in the last row a maximum.
+    """
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, programs, BLOCK):
         in_bounds = first + lane < programs
-        partial = tl.load(PARTIALS + k.to(tl.int64) * programs + first + lane, mask=in_bounds, other=0.0)
+        partial = tl.load(
+            PARTIALS + k.to(tl.int64) * programs + first + lane, mask=in_bounds, other=0.0
+        )
         total += partial
         largest = tl.maximum(largest, partial)
     if k == 0:
