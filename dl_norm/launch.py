@@ -91,7 +91,7 @@ def policy_loss_fwd(
     strided = not all(stream is None or _is_vectorisable(stream) for stream in streams)
     strides = [stride for stream in streams for stride in _strides(stream)]
     config = _tile_config(log_probs.element_size())
-    programs = triton.cdiv(tokens, config.block)
+    programs = -(-tokens // config.block)
     num_sums = 1 + sums.numel()
     partials = torch.empty((num_sums, programs), dtype=torch.float32, device=device)
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
