@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from . import closed_form
+from .metrics import NUM_METRIC_SUMS
 from .options import PolicyLossOptions
 from .token_rows import TokenRows
 
-NUM_SUMS = 10  # the loss and the fields of PolicyLossMetrics, as in kernels/policy_loss.py
+NUM_SUMS = 1 + NUM_METRIC_SUMS  # the loss first, as in kernels/policy_loss.py
 _BLOCK_ELEMENTS = 1 << 19  # of float32 scratch: what stays in a CPU core's caches
 
 
@@ -61,15 +62,22 @@ def logits_pass(
     ``logits`` itself, or None.
     """
     vocabulary = logits.shape[-1]
-    logits = logits.flatten(0, -2)
+    row_length = logits.shape[-2]
+    active = rows.active[first_row : first_row + logits.shape[:-1].numel()]
     if grad is not None:
-        grad = grad.flatten(0, -2)
-        grad[~rows.active[first_row : first_row + logits.shape[0]]] = 0.0
-    active = rows.active[first_row : first_row + logits.shape[0]].nonzero()[:, 0]
-    for index in active.split(max(1, _BLOCK_ELEMENTS // max(1, vocabulary))):
-        block = logits.index_select(0, index).float()
-        block_grad = _block_pass(block, rows[index + first_row], index + first_row, settings,
-                                 outputs, grad is not None)
+        grad = grad.view(active.shape[0], vocabulary)
+        grad[~active] = 0.0
+    indices = active.nonzero()[:, 0]
+    for index in indices.split(max(1, _BLOCK_ELEMENTS // vocabulary)):
+        if logits.ndim == 2:
+            block = logits.index_select(0, index)
+        else:
+            # Not flattened: that would copy logits whose rows are not evenly spaced.
+            block = logits[index // row_length, index % row_length]
+        positions = index + first_row
+        block_grad = _block_pass(
+            block.float(), rows[positions], positions, settings, outputs, grad is not None
+        )
         if grad is not None and block_grad is not None:
             grad.index_copy_(0, index, block_grad.to(grad.dtype))
 
@@ -94,7 +102,7 @@ def _block_pass(
     token_ids = rows.token_ids.long()[:, None]
     logits.sub_(logits.amax(1, keepdim=True)).mul_(inverse_temperature)
     token_logits = logits.gather(1, token_ids)[:, 0]
-    if settings.entropy:
+    if outputs.entropy is not None:
         exp = logits.exp()
         total = exp.sum(1)
         # exp is 0 where the logit is -inf: 0 * -inf is NaN.
@@ -105,8 +113,8 @@ def _block_pass(
         total = exp.sum(1)
     log_probs = token_logits - total.log()
     outputs.log_probs[positions] = log_probs
-    if settings.options is None:
-        return None
+    if settings.options is None or rows.advantages is None or rows.weights is None:
+        return None  # log-probs alone
 
     def column(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[:, None]

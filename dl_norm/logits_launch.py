@@ -1,15 +1,21 @@
 """Launches the kernel of ``kernels/logits_policy_loss.py``."""
 
+# A launch takes options of Triton (num_warps) that the kernel's own signature has not.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from .kernels.logits_policy_loss import logits_policy_loss_kernel
 from .kernels.policy_loss import policy_loss_reduce_kernel
+from .launch import INTERPRETED
 from .logits_closed_form import RowOutputs, RowSettings
 from .options import PolicyLossOptions
 from .token_rows import TokenRows
@@ -24,15 +30,15 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(itemsize: int, warp_size: int = 32) -> RowConfig:
-    """16-byte vectors, two a thread: 32 KB of loads under way on a multiprocessor.
+def row_config(itemsize: int, warp_size: int) -> RowConfig:
+    """16-byte vectors, 16 logits a thread: enough loads under way, no spills in 64 registers.
 
     One program of 1024 threads fills a multiprocessor, so that the rows being worked on (one each)
     stay in the L2 cache between the two passes. At least one vector a thread: in place, no logit
     may belong to two threads.
     """
-    num_warps = 1024 // warp_size
-    return RowConfig(2 * 1024, 16 // itemsize, num_warps)
+    threads, vector = 1024, 16 // itemsize
+    return RowConfig(threads * 16 // vector, vector, threads // warp_size)
 
 
 def logits_pass(
@@ -53,11 +59,7 @@ def logits_pass(
         return
     strides = (0, *logits.stride())[-3:]
     row_length = programs if logits.ndim == 2 else logits.shape[1]
-    config = row_config(logits.element_size(), _warp_size(logits.device))
-    # The rows of grad start as far from a 16-byte boundary as those of logits.
-    aligned_grad = logits.is_contiguous() or all(
-        length % config.vector == 0 for length in (vocabulary, *strides[:2])
-    )
+    config = row_config(logits.element_size(), _warp_size())
     options = settings.options or PolicyLossOptions()
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
     unread = outputs.log_probs
@@ -100,7 +102,7 @@ def logits_pass(
             WRITE_GRAD=grad is not None,
             WRITE_ENTROPY=settings.entropy,
             METRICS=settings.metrics,
-            ALIGNED_GRAD=aligned_grad,
+            ALIGNED_GRAD=grad is not None and _alike(logits, grad, config.vector),
             GROUPS=config.groups,
             VECTOR=config.vector,
             num_warps=config.num_warps,
@@ -121,7 +123,14 @@ def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     return loss, sums
 
 
-def _warp_size(device: torch.device) -> int:
-    if device.type != "cuda":
+def _alike(logits: Tensor, grad: Tensor, vector: int) -> bool:
+    """Rows of ``grad`` start as far from a vector boundary as those of ``logits``, in elements."""
+    shift = logits.data_ptr() // logits.element_size() - grad.data_ptr() // grad.element_size()
+    lengths = () if logits.is_contiguous() else (logits.shape[-1], *logits.stride()[:-1])
+    return all(length % vector == 0 for length in (shift, *lengths))
+
+
+def _warp_size() -> int:
+    if INTERPRETED:
         return 32
-    return torch.cuda.get_device_properties(device).warp_size
+    return cast(GPUTarget, triton.runtime.driver.active.get_current_target()).warp_size

@@ -33,10 +33,12 @@ class TokenRows:
 
     def __getitem__(self, index: slice | Tensor) -> TokenRows:
         """The rows of ``index``, a slice or a tensor of row numbers."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenRows(**{
-            name: tensor if tensor is None else tensor[index] for name, tensor in tensors.items()
-        })  # fmt: skip
+        taken = {
+            field.name: tensor[index]
+            for field in fields(self)
+            if (tensor := getattr(self, field.name)) is not None
+        }
+        return TokenRows(**taken)
 
 
 def policy_loss_rows(
@@ -60,31 +62,29 @@ def policy_loss_rows(
     tokens = token_ids.numel()
     device = token_ids.device
     weights = weights.float()
+    sequence_of = None
     if cu_seqlens is not None and sequences:
-        # Offsets that do not span the stream cannot raise here without a sync: the loss is NaN.
         ends = cu_seqlens[1:].contiguous()
-        sequence_of = torch.searchsorted(
-            ends, torch.arange(tokens, dtype=ends.dtype, device=device), right=True
-        ).clamp_(max=sequences - 1)
+        positions = torch.arange(tokens, dtype=ends.dtype, device=device)
+        sequence_of = torch.searchsorted(ends, positions, right=True).clamp_(max=sequences - 1)
         if not values_are_free(cu_seqlens):
+            # Offsets that do not span the stream cannot raise without a sync: the loss is NaN.
             spans = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
             weights = torch.where(spans, weights, torch.nan)
 
-    def spread(values: Tensor | None, by_sequence: bool) -> Tensor | None:
-        if values is None:
-            return None
+    def spread(values: Tensor) -> Tensor:
         values = values.float()
-        if not by_sequence:
+        if values.shape != (sequences,):
             return values.reshape(tokens)
         if cu_seqlens is None:
             return values[:, None].expand(shape).reshape(tokens)
-        return values[sequence_of] if sequences else values.new_zeros(tokens)
+        return values.new_zeros(tokens) if sequence_of is None else values[sequence_of]
 
-    advantages = spread(advantages, advantages.shape == (sequences,))
-    weights = spread(weights, True)
-    rollout_weights = spread(
-        rollout_weights, rollout_weights is not None and rollout_weights.shape == (sequences,)
-    )
+    def flat(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.float().reshape(tokens)
+
+    advantages = spread(advantages)
+    weights = spread(weights)
     active = torch.ones(tokens, dtype=torch.bool, device=device)
     if mask is not None:
         active = (mask != 0).reshape(tokens)
@@ -96,9 +96,9 @@ def policy_loss_rows(
         active=active,
         advantages=torch.where(counted, advantages, 0.0),
         weights=torch.where(counted, weights, 0.0),
-        old_log_probs=spread(old_log_probs, False),
-        ref_log_probs=spread(ref_log_probs, False),
-        rollout_weights=rollout_weights,
+        old_log_probs=flat(old_log_probs),
+        ref_log_probs=flat(ref_log_probs),
+        rollout_weights=None if rollout_weights is None else spread(rollout_weights),
     )
 
 

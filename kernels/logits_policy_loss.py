@@ -40,21 +40,15 @@ def _logit_grad(
     return out
 
 
+# As in policy_loss.py nothing is specialised on values or alignments: one compiled kernel for every
+# T, V, slice and setting.
 @triton.jit(
     do_not_specialize=["first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
     do_not_specialize_on_alignment=[
-        "TOKEN_IDS",
-        "ACTIVE",
-        "OLD_LOG_PROBS",
-        "REF_LOG_PROBS",
-        "ADVANTAGES",
-        "WEIGHTS",
-        "ROLLOUT_WEIGHTS",
-        "LOG_PROBS",
-        "ENTROPY",
-        "PARTIALS",
+        "LOGITS", "TOKEN_IDS", "ACTIVE", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "WEIGHTS",
+        "ROLLOUT_WEIGHTS", "GRAD", "LOG_PROBS", "ENTROPY", "PARTIALS",
     ],
-)
+)  # fmt: skip
 def logits_policy_loss_kernel(
     LOGITS,
     TOKEN_IDS,
@@ -102,26 +96,29 @@ def logits_policy_loss_kernel(
     pid = tl.program_id(0).to(tl.int64)
     n = first_row + pid
     BLOCK: tl.constexpr = GROUPS * VECTOR
+    KEEP: tl.constexpr = "evict_last" if WRITE_GRAD else "evict_first"
     lane = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
     # A row starts anywhere when V is odd. Its interior [first, last) is whole 16-byte vectors; the
     # few logits on either side of it are one small tile, so every V gets wide loads and stores.
+    ITEM_BYTES: tl.constexpr = LOGITS.dtype.element_ty.primitive_bitwidth // 8
     row_start = (pid // T) * stride_lb + (pid % T) * stride_lt
     row_end = row_start + V
-    first = (row_start + VECTOR - 1) // VECTOR * VECTOR
-    last = tl.maximum(row_end // VECTOR * VECTOR, first)
-    interior = tl.multiple_of((last - first).to(tl.int32), VECTOR)
-    INTERIOR = LOGITS + tl.multiple_of(first, VECTOR)
+    address = (LOGITS + row_start).to(tl.int64) // ITEM_BYTES
+    first = row_start + (VECTOR - address % VECTOR) % VECTOR
+    interior = tl.maximum((row_end - first).to(tl.int32) // VECTOR, 0) * VECTOR
+    last = first + interior
+    INTERIOR = tl.multiple_of(LOGITS + first, VECTOR * ITEM_BYTES)
     side = tl.arange(0, 2 * VECTOR)
     edge = tl.where(side < VECTOR, row_start + side, last + side - VECTOR)
     in_edge = (edge < row_end) & ((side >= VECTOR) | (edge < first))
 
-    # Where the interior, and the edge, of this row lie in GRAD.
-    grad_start = pid * V
-    grad_shift = grad_start - row_start
-    GRAD_INTERIOR = GRAD + grad_start + (first - row_start)
+    # Where the same logits lie in GRAD.
+    grad_shift = pid * V - row_start
+    GRAD_INTERIOR = GRAD + first + grad_shift
     if ALIGNED_GRAD:
-        GRAD_INTERIOR = GRAD + tl.multiple_of(first + grad_shift, VECTOR)
+        GRAD_ITEM_BYTES: tl.constexpr = GRAD.dtype.element_ty.primitive_bitwidth // 8
+        GRAD_INTERIOR = tl.multiple_of(GRAD_INTERIOR, VECTOR * GRAD_ITEM_BYTES)
 
     loss = 0.0
     log_prob = 0.0
@@ -155,26 +152,32 @@ def logits_policy_loss_kernel(
         # Sum of exp * (z - maximum), in units of log 2, for the entropy.
         group_dot = tl.zeros([GROUPS], tl.float32)
         for start in range(0, interior, BLOCK):
+            in_bounds = start + lane < interior
             logits = tl.load(
                 INTERIOR + start + lane,
-                mask=start + lane < interior,
+                mask=in_bounds,
                 other=float("-inf"),
-                eviction_policy="evict_last",
+                eviction_policy=KEEP,
             ).to(tl.float32)
-            logits = _soft_cap(logits, softcap, HAS_SOFTCAP)
+            if HAS_SOFTCAP:
+                capped = _soft_cap(logits, softcap, HAS_SOFTCAP)
+                logits = tl.where(in_bounds, capped, float("-inf"))
             new_max = tl.maximum(group_max, tl.max(logits, axis=1))
             shift = (group_max - new_max) * to_log2
             shrink = tl.exp2(shift)
             exponent = (logits - new_max[:, None]) * to_log2
             exp = tl.exp2(exponent)
             if WRITE_ENTROPY:
-                # exp is 0 where the exponent is -inf: 0 * -inf is NaN.
+                # exp is 0 where the exponent is -inf, and the sum where the shift is: no 0 * -inf.
                 dot = tl.sum(tl.where(exp > 0, exp * exponent, 0.0), axis=1)
-                group_dot = (group_dot + group_sum * shift) * shrink + dot
+                old_dot = (group_dot + group_sum * shift) * shrink
+                group_dot = tl.where(group_sum > 0, old_dot, 0.0) + dot
             group_sum = group_sum * shrink + tl.sum(exp, axis=1)
             group_max = new_max
         edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
-        edge_logits = _soft_cap(edge_logits, softcap, HAS_SOFTCAP)
+        if HAS_SOFTCAP:
+            capped = _soft_cap(edge_logits, softcap, HAS_SOFTCAP)
+            edge_logits = tl.where(in_edge, capped, float("-inf"))
 
         maximum = tl.maximum(tl.max(group_max, axis=0), tl.max(edge_logits, axis=0))
         shift = (group_max - maximum) * to_log2
@@ -186,7 +189,6 @@ def logits_policy_loss_kernel(
         # The largest logit adds exactly 1 to the total, so no log-prob is above 0.
         log_prob = ((token_logit - maximum) * to_log2 - log2_sum) * LN_2
         if WRITE_ENTROPY:
-            # A thread that saw no logit, or none above -inf, has sum 0 and shift -inf.
             dot = tl.where(group_sum > 0, (group_dot + group_sum * shift) * shrink, 0.0)
             edge_dot = tl.where(edge_exp > 0, edge_exp * edge_exponent, 0.0)
             mean = (tl.sum(dot, axis=0) + tl.sum(edge_dot, axis=0)) / total

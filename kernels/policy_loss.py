@@ -288,13 +288,14 @@ def policy_loss_reduce_kernel(
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, programs, BLOCK):
+    first = 0
+    while first < programs:
         in_bounds = first + lane < programs
-        partial = tl.load(
-            PARTIALS + k.to(tl.int64) * programs + first + lane, mask=in_bounds, other=0.0
-        )
+        pointers = PARTIALS + k.to(tl.int64) * programs + first + lane
+        partial = tl.load(pointers, mask=in_bounds, other=0.0)
         total += partial
         largest = tl.maximum(largest, partial)
+        first += BLOCK
     if k == 0:
         tl.store(LOSS, tl.sum(total, axis=0))
     elif k == NUM_SUMS - 1:
