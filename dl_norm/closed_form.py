@@ -132,34 +132,40 @@ def _metric_sums(
     ref_log_probs: Tensor | None,
     options: PolicyLossOptions,
 ) -> Tensor:
-    """(9,) sums in the order of the fields of PolicyLossMetrics. Not on the hot path."""
+    """(NUM_METRIC_SUMS,) sums in the order of the fields of PolicyLossMetrics.
 
-    def zeroed(values: Tensor) -> Tensor:
-        return torch.where(counted, values, 0.0)
+    A position that does not count gets log-ratio 0: neither clipped nor apart from the old policy.
+    """
 
-    log_prob = zeroed(log_probs.float())
-    log_ratio = torch.zeros_like(log_prob)
-    if old_log_probs is not None:
-        log_ratio = log_prob - zeroed(old_log_probs.float())
-    log_ratio = log_ratio.clamp(-options.log_ratio_bound, options.log_ratio_bound)
+    def difference(a: Tensor, b: Tensor | None) -> Tensor:
+        if b is None:
+            return torch.zeros_like(a, dtype=torch.float32)
+        return torch.where(counted, a.float() - b.float(), 0.0)
+
+    def count(flags: Tensor, of: Tensor) -> Tensor:
+        return flags.mul_(of).sum()
+
+    log_ratio = difference(log_probs, old_log_probs)
+    log_ratio = log_ratio.clamp_(-options.log_ratio_bound, options.log_ratio_bound)
     ratio = log_ratio.exp()
-    kl = log_ratio.new_zeros(())
+    ones = counted.float()
+    positive, negative = (advantage > 0).float(), (advantage < 0).float()
+    kl = ones.new_zeros(())
     if ref_log_probs is not None:
-        difference = zeroed(ref_log_probs.float()) - log_prob
-        kl = (difference.exp() - difference - 1.0).sum()
-    positive, negative = counted & (advantage > 0), counted & (advantage < 0)
-    largest = zeroed(ratio)
+        ref_log_ratio = difference(ref_log_probs, log_probs)
+        kl = ref_log_ratio.exp().sub_(ref_log_ratio).sub_(1.0).sum()
+    # Comparisons in place give floats, which the CPU adds several times faster than bools.
     return torch.stack(
         [
-            counted.sum().float(),
-            (negative & (ratio < options.negative_low)).sum().float(),
-            (positive & (ratio > options.positive_high)).sum().float(),
-            (negative & (ratio > options.negative_high)).sum().float(),
-            largest.sum(),
+            ones.sum(),
+            count(ratio.clone().lt_(options.negative_low), negative),
+            count(ratio.clone().gt_(options.positive_high), positive),
+            count(ratio.clone().gt_(options.negative_high), negative),
+            torch.mul(ratio, ones).sum(),
             -log_ratio.sum(),
-            zeroed(ratio - 1.0 - log_ratio).sum(),
+            (ratio - 1.0).sub_(log_ratio).sum(),
             kl,
-            largest.amax() if largest.numel() else kl,
+            torch.mul(ratio, ones).amax() if ratio.numel() else kl,
         ]
     )
 

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Makes the environment if there is none and runs every check: lint, types, tests.
+#
+#   bash ci/test.sh            about ten minutes on two CPU cores after the install
+#   bash ci/test.sh -k metrics arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ci/env.sh
+ensure_env "dev,quickstart"
+bash ci/verl_env.sh
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m pyright
+"$PYTHON" -m pytest -q "$@"
