@@ -17,6 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from .kernels.policy_loss import (
     policy_loss_bwd_kernel,
     policy_loss_fwd_kernel,
+    policy_loss_fwd_strided_kernel,
     policy_loss_reduce_kernel,
 )
 from .metrics import NUM_METRIC_SUMS
@@ -94,19 +95,21 @@ def policy_loss_fwd(
     programs = -(-tokens // config.block)
     num_sums = 1 + sums.numel()
     partials = torch.empty((num_sums, programs), dtype=torch.float32, device=device)
-    # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
-    unread = weights
+    # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere, but
+    # aligned like the rest, as alignment is part of what a kernel is compiled for.
+    unread = partials
+    kernel = policy_loss_fwd_strided_kernel if strided else policy_loss_fwd_kernel
     with torch.accelerator.device_index(device.index):
-        policy_loss_fwd_kernel[(programs,)](
+        kernel[(programs,)](
             log_probs,
             unread if old_log_probs is None else old_log_probs,
             unread if ref_log_probs is None else ref_log_probs,
-            advantages if token_advantages else advantages.contiguous(),
+            advantages if token_advantages else _aligned(advantages),
             unread if mask is None else mask,
             weights.contiguous(),
             unread
             if rollout_weights is None
-            else (rollout_weights if token_rollout else rollout_weights.contiguous()),
+            else (rollout_weights if token_rollout else _aligned(rollout_weights)),
             unread if cu_seqlens is None else cu_seqlens.contiguous(),
             grad,
             partials,
@@ -160,6 +163,10 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
 
 def _is_vectorisable(stream: Tensor) -> bool:
     return stream.is_contiguous() and stream.data_ptr() % 16 == 0
+
+
+def _aligned(per_sequence: Tensor) -> Tensor:
+    return per_sequence if _is_vectorisable(per_sequence) else per_sequence.clone()
 
 
 def _strides(stream: Tensor | None) -> tuple[int, int]:

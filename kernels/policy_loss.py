@@ -14,12 +14,10 @@ from .token_loss import token_kl, token_loss
 @triton.jit
 def _load_tile(PTR, start, lane, in_bounds, interior, OTHER: tl.constexpr):
     # A load with a mask cannot be proved vectorisable, so only the stream's last tile uses one.
-    # Streams read this way are 16-byte aligned: the launcher sees to it.
-    pointers = tl.multiple_of(PTR + start, 16) + lane
     if interior:
-        values = tl.load(pointers)
+        values = tl.load(PTR + start + lane)
     else:
-        values = tl.load(pointers, mask=in_bounds, other=OTHER)
+        values = tl.load(PTR + start + lane, mask=in_bounds, other=OTHER)
     return values
 
 
@@ -46,12 +44,11 @@ def _load_tokens(
 
 @triton.jit
 def _store_tile(PTR, start, lane, values, in_bounds, interior):
-    pointers = tl.multiple_of(PTR + start, 16) + lane
     values = values.to(PTR.dtype.element_ty)
     if interior:
-        tl.store(pointers, values)
+        tl.store(PTR + start + lane, values)
     else:
-        tl.store(pointers, values, mask=in_bounds)
+        tl.store(PTR + start + lane, values, mask=in_bounds)
 
 
 @triton.jit
@@ -68,18 +65,19 @@ def _sequence_end(CU_SEQLENS, seq, T, PACKED: tl.constexpr):
     return end
 
 
-# Nothing here is specialised on the values or the alignment of its arguments: every T, batch,
-# slice and setting runs one and the same compiled kernel.
-@triton.jit(
-    do_not_specialize=[
-        "N", "T", "G", "stride_lb", "stride_lt", "stride_ob", "stride_ot", "stride_rb",
-        "stride_rt", "stride_ab", "stride_at", "stride_mb", "stride_mt", "stride_wb", "stride_wt",
-    ],
-    do_not_specialize_on_alignment=[
-        "LOG_PROBS", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "MASK", "WEIGHTS",
-        "ROLLOUT_WEIGHTS", "CU_SEQLENS", "GRAD", "PARTIALS",
-    ],
-)  # fmt: skip
+# Nothing is specialised on the value of an argument, so every T, batch and setting runs one and the
+# same compiled kernel. Vector loads need aligned streams; what is read as scalars need not be.
+_SIZES = [
+    "N", "T", "G", "stride_lb", "stride_lt", "stride_ob", "stride_ot", "stride_rb", "stride_rt",
+    "stride_ab", "stride_at", "stride_mb", "stride_mt", "stride_wb", "stride_wt",
+]  # fmt: skip
+_STREAMS = [
+    "LOG_PROBS", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "MASK", "ROLLOUT_WEIGHTS"
+]  # fmt: skip
+_SCALARS = ["WEIGHTS", "CU_SEQLENS", "PARTIALS"]
+
+
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SCALARS)
 def policy_loss_fwd_kernel(
     LOG_PROBS,
     OLD_LOG_PROBS,
@@ -274,6 +272,15 @@ def policy_loss_fwd_kernel(
         tl.store(PARTIALS + 7 * programs + pid, total_k3)
         tl.store(PARTIALS + 8 * programs + pid, total_kl)
         tl.store(PARTIALS + 9 * programs + pid, max_ratio)
+
+
+# For streams that are not contiguous or not aligned, as slices of a batch are: still one kernel.
+# GRAD is ours and always both.
+policy_loss_fwd_strided_kernel = triton.jit(
+    policy_loss_fwd_kernel.fn,
+    do_not_specialize=_SIZES,
+    do_not_specialize_on_alignment=_STREAMS + _SCALARS,
+)
 
 
 @triton.jit(do_not_specialize=["programs"])
