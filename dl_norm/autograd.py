@@ -6,7 +6,6 @@ from dataclasses import astuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import closed_form
 from .metrics import NUM_METRIC_SUMS
@@ -92,8 +91,13 @@ class PolicyLossFunction(torch.autograd.Function):
         return loss, sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Gradients are enabled in a backward pass exactly when create_graph=True asks for them.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "policy_loss has no second derivative: its gradient is computed in the forward "
+                "pass. Use dl_norm.reference.policy_loss with create_graph=True"
+            )
         grad_loss = grad_outputs[0]  # the metrics have no gradient
         (grad,) = ctx.saved_tensors
         if ctx.impl == "torch" or torch.compiler.is_compiling():

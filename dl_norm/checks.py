@@ -14,7 +14,8 @@ LOG_PROB_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def check_number(value, name: str, rule: str, holds: Callable[[float], bool]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not (math.isfinite(value) and holds(value)):
+    # Not math.isfinite: torch.compile may hand a symbolic float.
+    if not (-math.inf < value < math.inf and holds(value)):
         raise ValueError(f"expected {rule} and finite, got {name}={value}")
 
 
@@ -46,16 +47,14 @@ def check_policy_loss_inputs(
         if mask is None:
             raise ValueError("mask is required for padded (B, T) input: pass a (B, T) tensor")
         sequences = shape[0]
-        per_sequence = f"(B,) = ({sequences},)"
     else:
         if log_probs.ndim != 1:
             raise ValueError(
                 f"with cu_seqlens log_probs must be packed, (N,); got {tuple(shape)}: drop "
                 "cu_seqlens for padded input"
             )
-        _check_cu_seqlens(cu_seqlens, log_probs)
+        check_cu_seqlens(cu_seqlens, log_probs)
         sequences = cu_seqlens.shape[0] - 1
-        per_sequence = f"(G,) = ({sequences},)"
     # (name, tensor, may be per token, may be per sequence)
     constants = (
         ("old_log_probs", old_log_probs, True, False),
@@ -79,7 +78,10 @@ def check_policy_loss_inputs(
         if not (per_token and tensor.shape == shape) and not (
             by_sequence and tensor.shape == (sequences,)
         ):
-            expected = [f"{tuple(shape)} like log_probs"] * per_token + [per_sequence] * by_sequence
+            # Formatted here alone: formatting a symbolic size makes torch.compile specialise on it.
+            expected = [f"{tuple(shape)} like log_probs"] if per_token else []
+            if by_sequence:
+                expected.append(f"({'B' if cu_seqlens is None else 'G'},) = ({sequences},)")
             raise ValueError(f"{name} must be {' or '.join(expected)}, got {tuple(tensor.shape)}")
     if mask is not None:
         if not isinstance(mask, Tensor):
@@ -99,23 +101,26 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) ->
         raise TypeError(f"{name} must be {names}; got {tensor.dtype}: convert with .float()")
 
 
-def _check_device(name: str, tensor: Tensor, log_probs: Tensor) -> None:
-    if tensor.device != log_probs.device:
+def _check_device(name: str, tensor: Tensor, stream: Tensor) -> None:
+    if tensor.device != stream.device:
         raise ValueError(
-            f"{name} is on {tensor.device}, log_probs on {log_probs.device}: move {name} there"
+            f"{name} is on {tensor.device}, log_probs on {stream.device}: move {name} there"
         )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, log_probs: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, stream: Tensor | None = None) -> None:
+    """Checks offsets, against the packed ``stream`` (N, ...) that they cut if it is given."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be (G + 1,), got {tuple(cu_seqlens.shape)}")
-    _check_device("cu_seqlens", cu_seqlens, log_probs)
+    if stream is None:
+        return
+    _check_device("cu_seqlens", cu_seqlens, stream)
     if values_are_free(cu_seqlens):
-        first, last, tokens = int(cu_seqlens[0]), int(cu_seqlens[-1]), log_probs.shape[0]
+        first, last, tokens = int(cu_seqlens[0]), int(cu_seqlens[-1]), stream.shape[0]
         if first != 0 or last != tokens or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
                 f"cu_seqlens must rise from 0 to N = {tokens} without falling, got "

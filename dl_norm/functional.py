@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autograd import PolicyLossFunction
-from .checks import check_policy_loss_inputs
+from .checks import check_cu_seqlens, check_policy_loss_inputs
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
 from .weights import sequence_lengths, sequence_weights
@@ -52,7 +52,7 @@ def policy_loss(
         log_probs: (B, T) or (N,), float32, bfloat16 or float16, any strides. Arithmetic is
             float32; the gradient has the dtype of ``log_probs``.
         old_log_probs: like ``log_probs``, of the policy that sampled. None: the ratio is exactly
-            1 and the gradient that of the plain policy gradient.
+            1, whatever ``log_probs`` holds, and the gradient that of the plain policy gradient.
         advantages: (G,) or one per token.
         mask: (B, T) or (N,), bool, integer or float; a position counts where mask != 0, and there
             may be holes. A position that does not count contributes nothing, whatever the other
@@ -133,6 +133,8 @@ def delta_l_loss(
         raise ValueError(
             f"log_probs must be (B, T), or (N,) with cu_seqlens; got {tuple(log_probs.shape)}"
         )
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, log_probs)
     weights = sequence_weights(
         sequence_lengths(mask, cu_seqlens), alpha=alpha, max_length=max_length, group=group
     )

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_number, values_are_free
+from .checks import check_cu_seqlens, check_number, values_are_free
 
 METHODS = ("delta_l", "grpo", "dapo", "dr_grpo")
 
@@ -36,7 +36,7 @@ def sequence_weights(
         lengths: (G,) integer tensor, tokens that count in each sequence, e.g. ``mask.sum(-1)``.
             A sequence of length 0 gets weight 0 and is left out of every sum and of G.
         method: one of ``METHODS``.
-        alpha: exponent of ``"delta_l"``, 0 <= alpha. Must be left at 1 for other methods.
+        alpha: exponent of ``"delta_l"``, 0 <= alpha <= 16. Must be left at 1 for other methods.
         max_length: the constant M > 0, in tokens, usually the maximum response length. Required
             for ``"delta_l"`` and ``"dr_grpo"``, refused for the others. Never read off padding.
         group: process group over which the batch is spread. ``lengths`` are then this rank's and
@@ -100,7 +100,7 @@ def reweight_advantages(
     Args:
         advantages: (G,) or (G, T), any floating dtype.
         lengths: (G,) integer tensor of this rank's sequences, as for :func:`sequence_weights`.
-        alpha: exponent, 0 <= alpha.
+        alpha: exponent, 0 <= alpha <= 16.
         group: process group over which the batch is spread (one all-reduce of two numbers).
 
     Returns:
@@ -136,10 +136,12 @@ def sequence_lengths(mask: Tensor | None, cu_seqlens: Tensor | None = None) -> T
         if mask is None:
             raise ValueError("mask is required for padded input; it gives the lengths")
         return (mask != 0).sum(-1)
+    check_cu_seqlens(cu_seqlens, mask)
     if mask is None:
         return cu_seqlens.diff().long()
     counted = torch.nn.functional.pad((mask != 0).cumsum(0), (1, 0))
-    return counted[cu_seqlens.long()].diff()
+    # Where the offsets cannot be checked without a sync, at least nothing is read out of bounds.
+    return counted[cu_seqlens.long().clamp(0, mask.shape[0])].diff()
 
 
 def _length_power(lengths: Tensor, exponent: float) -> Tensor:
@@ -176,7 +178,8 @@ def _check_lengths(lengths: Tensor) -> None:
 
 
 def _check_alpha(alpha: float) -> None:
-    check_number(alpha, "alpha", "alpha >= 0", lambda a: a >= 0)
+    # Far beyond any use, and short of where L^-alpha underflows in float64.
+    check_number(alpha, "alpha", "0 <= alpha <= 16", lambda a: 0 <= a <= 16)
 
 
 def _checked_max_length(max_length: float | None, method: str) -> float:
