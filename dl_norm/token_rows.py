@@ -102,20 +102,30 @@ def policy_loss_rows(
     )
 
 
-def check_token_ids(token_ids: Tensor, mask: Tensor | None, shape: torch.Size, size: int) -> None:
-    """``size`` is V. On a GPU an id outside the vocabulary makes the loss NaN instead."""
+def check_token_ids(token_ids: Tensor, mask: Tensor | None, like: Tensor, vocabulary: int) -> None:
+    """``like``: a tensor of the shape and on the device that both must have.
+
+    On a GPU an id outside the vocabulary makes the loss NaN instead of raising.
+    """
     if not isinstance(token_ids, Tensor):
         raise TypeError(f"token_ids must be a tensor, got {type(token_ids).__name__}")
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}")
-    if token_ids.shape != shape:
-        raise ValueError(f"token_ids must be {tuple(shape)}, got {tuple(token_ids.shape)}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    for name, tensor in (("token_ids", token_ids), ("mask", mask)):
+        if tensor is None:
+            continue
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}, not on {like.device}: move it there")
     if values_are_free(token_ids):
-        outside = (token_ids < 0) | (token_ids >= size)
+        outside = (token_ids < 0) | (token_ids >= vocabulary)
         if mask is not None:
             outside &= mask != 0
         if bool(outside.any()):
             raise ValueError(
-                f"token_ids must be in [0, V = {size}) where mask != 0, got "
+                f"token_ids must be in [0, V = {vocabulary}) where mask != 0, got "
                 f"{int(token_ids[outside][0])}"
             )

@@ -168,10 +168,10 @@ def logits_policy_loss_kernel(
             exponent = (logits - new_max[:, None]) * to_log2
             exp = tl.exp2(exponent)
             if WRITE_ENTROPY:
-                # exp is 0 where the exponent is -inf, and the sum where the shift is: no 0 * -inf.
+                # exp is 0 where the exponent is -inf, as is shrink where shift is: no 0 * -inf.
                 dot = tl.sum(tl.where(exp > 0, exp * exponent, 0.0), axis=1)
                 old_dot = (group_dot + group_sum * shift) * shrink
-                group_dot = tl.where(group_sum > 0, old_dot, 0.0) + dot
+                group_dot = tl.where(shrink > 0, old_dot, 0.0) + dot
             group_sum = group_sum * shrink + tl.sum(exp, axis=1)
             group_max = new_max
         edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
@@ -189,7 +189,7 @@ def logits_policy_loss_kernel(
         # The largest logit adds exactly 1 to the total, so no log-prob is above 0.
         log_prob = ((token_logit - maximum) * to_log2 - log2_sum) * LN_2
         if WRITE_ENTROPY:
-            dot = tl.where(group_sum > 0, (group_dot + group_sum * shift) * shrink, 0.0)
+            dot = tl.where(shrink > 0, (group_dot + group_sum * shift) * shrink, 0.0)
             edge_dot = tl.where(edge_exp > 0, edge_exp * edge_exponent, 0.0)
             mean = (tl.sum(dot, axis=0) + tl.sum(edge_dot, axis=0)) / total
             entropy = (log2_sum - mean) * LN_2

@@ -1,0 +1,403 @@
+"""Compiles every shipped kernel configuration offline and reads the machine code: no GPU needed.
+
+    python ci/codegen.py [--target sm_90] [--json FILE]
+
+The launcher of the package runs unchanged on storage-less tensors under a driver that knows a
+target but no device. What it would have launched is recorded, compiled and disassembled, so block
+sizes, warps, argument types and alignment are those that ship.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are decorated
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+
+import dl_norm
+from dl_norm import launch
+from dl_norm.options import PolicyLossOptions
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "policy_loss_bwd_kernel"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: what a caller passes, not the flags that the launcher makes of it."""
+
+    name: str
+    kernel: str = FWD
+    dtype: str = "float32"
+    mask: str | None = "bool"
+    packed: bool = False
+    strided: bool = False
+    old: bool = True
+    ref: bool = False
+    advantages: str = "sequence"
+    rollout: str | None = None
+    grad: bool = True
+    metrics: bool = False
+    out: str | None = None  # dtype that the backward kernel writes
+
+
+# Every flag of the forward kernel alone on the plain padded case, every value of a flag with more
+# than two, the two layouts and the three dtypes with each other, what the trainers pass, and the
+# union of all flags, where register pressure is highest. Flags act on separate loads, so pairs
+# that are not listed add nothing that the union does not hold.
+_EVERYTHING = {"ref": True, "advantages": "token", "rollout": "token", "metrics": True}
+CASES = (
+    Case("padded"),
+    Case("packed", packed=True, mask=None),
+    Case("packed, mask", packed=True),
+    Case("mask int64", mask="int64"),
+    Case("mask int32", mask="int32"),
+    Case("mask float32", mask="float32"),
+    Case("no grad", grad=False),
+    Case("no old", old=False),
+    Case("no old, ref", old=False, ref=True),
+    Case("ref", ref=True),
+    Case("token advantages", advantages="token"),
+    Case("rollout by sequence", rollout="sequence"),
+    Case("rollout by token", rollout="token"),
+    Case("metrics", metrics=True),
+    Case("strided", strided=True),
+    Case("packed, strided", packed=True, strided=True, mask=None),
+    Case("TRL", mask="int64", ref=True, rollout="token"),
+    Case("verl", mask="int64", advantages="token", rollout="token", metrics=True),
+    Case("everything", **_EVERYTHING),
+    Case("packed, everything", packed=True, **_EVERYTHING),
+    Case("strided, everything", strided=True, **_EVERYTHING),
+    Case("everything, no grad", grad=False, **_EVERYTHING),
+    Case("bf16", dtype="bfloat16"),
+    Case("bf16 packed", dtype="bfloat16", packed=True, mask=None),
+    Case("bf16 mask int64", dtype="bfloat16", mask="int64"),
+    Case("bf16 metrics", dtype="bfloat16", metrics=True),
+    Case("bf16 everything", dtype="bfloat16", **_EVERYTHING),
+    Case("bf16 strided", dtype="bfloat16", strided=True),
+    Case("fp16", dtype="float16"),
+    Case("fp16 packed, everything", dtype="float16", packed=True, **_EVERYTHING),
+    Case("sum of the loss", kernel=REDUCE),
+    Case("sum of loss and metrics", kernel=REDUCE, metrics=True),
+    Case("in place float32", kernel=BWD, out="float32"),
+    Case("in place bfloat16", kernel=BWD, dtype="bfloat16", out="bfloat16"),
+    Case("float32 to float16", kernel=BWD, out="float16"),
+)
+
+
+class OfflineDriver:
+    """As much of a Triton driver as choosing and compiling a kernel needs."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"  # key of the JIT's cache per device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: str
+    key: str  # equal keys share one compiled kernel
+    source: ASTSource
+    num_warps: int
+
+
+@contextmanager
+def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
+    """Collects what is launched inside the block instead of running it."""
+    launches: list[Launch] = []
+
+    def hook(*, key, fn, compile, **_) -> bool:
+        jit = fn.jit_function
+        source = ASTSource(
+            jit, compile["signature"], constexprs=compile["constants"], attrs=compile["configs"][0]
+        )
+        launches.append(Launch(jit.fn.__name__, str(key), source, compile["num_warps"]))
+        return True  # neither compile nor run
+
+    driver.set_active(OfflineDriver(target))
+    triton.knobs.runtime.jit_cache_hook = hook
+    try:
+        yield launches
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+
+
+def launch_case(case: Case, batch: int = 3, length: int = 20, **options: Any) -> None:
+    """Calls the launcher as :func:`dl_norm.policy_loss` or its backward would for this case."""
+
+    def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    def tokens(dtype: str) -> Tensor:
+        if case.packed:
+            stream = tensor((batch * length * (1 + case.strided),), dtype)
+            return stream[:: 1 + case.strided]
+        return tensor((batch, length + case.strided), dtype)[:, :length]
+
+    if case.kernel == BWD:
+        launch.policy_loss_bwd(
+            tokens(case.dtype), tensor((), "float32"), getattr(torch, str(case.out))
+        )
+        return
+    per = {"token": lambda: tokens("float32"), "sequence": lambda: tensor((batch,), "float32")}
+    launch.policy_loss_fwd(
+        tokens(case.dtype),
+        tokens(case.dtype) if case.old else None,
+        per[case.advantages](),
+        tokens(case.mask) if case.mask else None,
+        tensor((batch,), "float32"),
+        tensor((batch + 1,), "int64") if case.packed else None,
+        tokens(case.dtype) if case.ref else None,
+        per[case.rollout]() if case.rollout else None,
+        PolicyLossOptions(**{"beta": 0.04 if case.ref else 0.0, **options}),
+        case.grad,
+        case.metrics,
+    )
+
+
+def compile_case(case: Case, arch: str) -> dict[str, Any]:
+    """Compiles one case for one target and returns what its machine code says, as plain data."""
+    target = TARGETS[arch]
+    with recorded(target) as launches:
+        launch_case(case)
+    (found,) = (entry for entry in launches if entry.kernel == case.kernel)
+    kernel = triton.compile(found.source, target=target, options={"num_warps": found.num_warps})
+    names = found.source.fn.arg_names
+    constants = {names[path[0]]: value for path, value in found.source.constants.items()}
+    return {
+        "case": asdict(case),
+        "target": arch,
+        "num_warps": found.num_warps,
+        "threads": found.num_warps * target.warp_size,
+        "constants": constants,
+        **read_machine_code(kernel.asm),
+    }
+
+
+def read_machine_code(asm) -> dict[str, Any]:
+    """Registers, spills, memory widths and what must not be there, of a compiled kernel's asm."""
+    return _read_cuda(asm) if "cubin" in asm else _read_hip(asm)
+
+
+def _read_cuda(asm) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        sass = _cuobjdump("-sass", file.name)
+        usage = _cuobjdump("-res-usage", file.name)
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
+    resources = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
+    local = sorted({op for op in opcodes if re.match(r"LDL|STL", op)})
+    return {
+        "registers": resources["REG"],
+        "spill_bytes": resources["STACK"] + resources.get("LOCAL", 0),
+        "local_memory": local,
+        "instructions": len(opcodes),
+        "loads": _widths(op for op in opcodes if op.startswith(("LDG", "LD."))),
+        "stores": _widths(op for op in opcodes if op.startswith(("STG", "ST."))),
+        "atomics": sorted({op for op in opcodes if re.match(r"(ATOM\w*|RED[GS]?)(\.|$)", op)}),
+        "fp64": sorted(
+            {op for op in opcodes if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64\b", op)}
+            | set(re.findall(r"\b[\w.]+\.f64\b[\w.]*", asm["ptx"]))
+        ),
+    }
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, flag, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _widths(opcodes) -> dict[str, int]:
+    """Global memory instructions by bits per thread, from opcodes such as LDG.E.U8 or STG.E.128."""
+    widths: Counter[str] = Counter()
+    for op in opcodes:
+        parts = op.split(".")
+        sizes = [part.lstrip("US") for part in parts if part.lstrip("US").isdigit()]
+        widths[sizes[0] if sizes else "32"] += 1
+    return dict(widths)
+
+
+_HIP_BITS = {
+    "ubyte": "8", "sbyte": "8", "byte": "8", "ushort": "16", "sshort": "16", "short": "16",
+    "dword": "32", "dwordx2": "64", "dwordx3": "96", "dwordx4": "128",
+}  # fmt: skip
+
+
+def _read_hip(asm) -> dict[str, Any]:
+    text = asm["amdgcn"]
+    opcodes = re.findall(r"^\t([a-z][a-z0-9_]+)", text, re.M)
+
+    def bits(kind: str) -> dict[str, int]:
+        pattern = rf"(?:global|buffer|flat)_{kind}_([a-z0-9]+)"
+        found = (re.match(pattern, op) for op in opcodes)
+        return dict(Counter(_HIP_BITS[match[1]] for match in found if match))
+
+    def metadata(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
+
+    return {
+        "registers": metadata("vgpr_count"),
+        # Scalar registers spill into lanes of a vector register, not into memory: counted apart.
+        "spill_bytes": metadata("private_segment_fixed_size") + 4 * metadata("vgpr_spill_count"),
+        "scalar_spills": metadata("sgpr_spill_count"),
+        "local_memory": sorted({op for op in opcodes if op.startswith("scratch_")}),
+        "instructions": len(opcodes),
+        "loads": bits("load"),
+        "stores": bits("store"),
+        "atomics": sorted({op for op in opcodes if "atomic" in op or re.match(r"ds_\w*add", op)}),
+        "fp64": sorted({op for op in opcodes if op.startswith("v_") and "f64" in op}),
+    }
+
+
+# Sizes that a specialising JIT would tell apart: 1, multiples of 16, odd, beyond 2^31.
+SIZES = (
+    (1, 1), (1, 16), (16, 1), (3, 17), (64, 1023), (64, 1024), (1024, 8192), (1, 1_000_000),
+    (2, 2**31 + 1), (2**16, 2**16),
+)  # fmt: skip
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"eps_low": 0.0, "eps_high": 1.0},
+    {"eps_high": 0.28, "dual_clip": 3.0},
+    {"delta": 4.0, "log_ratio_clamp": None, "beta": 1.0},
+)
+
+
+def count_keys(arch: str) -> dict[str, int]:
+    """JIT cache keys, that is compilations, per case while everything but its flags changes.
+
+    Swept are the sizes, hence N, T, G, programs and strides, and the numbers of the loss. alpha
+    and M act before the kernel, in the weights.
+    """
+    counts = {}
+    for case in CASES:
+        with recorded(TARGETS[arch]) as launches:
+            for batch, length in SIZES:
+                launch_case(case, batch, length)
+            if case.kernel == FWD:
+                for options in OPTIONS:
+                    launch_case(case, **options)
+        counts[case.name] = _most_keys(launches, case.kernel)
+    return counts
+
+
+def count_slice_keys(arch: str) -> dict[str, int]:
+    """Kernels that cutting one batch into micro-batches, views at any address, compiles."""
+    batch, length = 8, 13  # odd: rows start at every alignment
+    dtypes = (torch.float32, torch.float32, torch.bool)
+    weights, advantages = torch.zeros(batch), torch.zeros(batch)
+    counts = {}
+    for layout, shape in (("padded", (batch, length)), ("packed", (batch * length,))):
+        streams = [torch.zeros(shape, dtype=dtype) for dtype in dtypes]
+        step = shape[0] // batch
+        with recorded(TARGETS[arch]) as launches:
+            for i in range(batch):
+                log_probs, old, mask = (s[i * step : (i + 1) * step] for s in streams)
+                launch.policy_loss_fwd(
+                    log_probs, old, advantages[i : i + 1], mask, weights[i : i + 1],
+                    torch.tensor([0, length]) if layout == "packed" else None, None, None,
+                    PolicyLossOptions(), True, False,
+                )  # fmt: skip
+        counts[layout] = len({entry.key for entry in launches if entry.kernel == FWD})
+    return counts
+
+
+def _most_keys(launches: list[Launch], kernel: str) -> int:
+    # Sizes may change a flag, and with it the kernel: a view of one row is contiguous.
+    keys: dict[str, set[str]] = {}
+    for entry in launches:
+        if entry.kernel == kernel:
+            keys.setdefault(str(entry.source.constants), set()).add(entry.key)
+    return max(len(found) for found in keys.values())
+
+
+def compile_all(archs: list[str], workers: int = 2) -> list[dict[str, Any]]:
+    jobs = [(case, arch) for case in CASES for arch in archs]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        results = pool.map(compile_case, *zip(*jobs, strict=True))
+        return list(tqdm(results, total=len(jobs), desc="compiling", disable=None))
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    for arch in dict.fromkeys(row["target"] for row in rows):
+        table = Table(title=f"{arch}, Triton {triton.__version__}, dl_norm {dl_norm.__version__}")
+        for column, justify in (
+            ("kernel", "left"), ("configuration", "left"), ("threads", "right"),
+            ("registers", "right"), ("spilled bytes", "right"), ("instructions", "right"),
+            ("loads, bits x count", "left"), ("stores, bits x count", "left"),
+        ):  # fmt: skip
+            table.add_column(column, justify=justify)
+        for row in (row for row in rows if row["target"] == arch):
+            table.add_row(
+                row["case"]["kernel"].removeprefix("policy_loss_").removesuffix("_kernel"),
+                row["case"]["name"],
+                *(str(row[k]) for k in ("threads", "registers", "spill_bytes", "instructions")),
+                *(
+                    ", ".join(
+                        f"{w} x {n}" for w, n in sorted(row[k].items(), key=lambda i: -int(i[0]))
+                    )
+                    for k in ("loads", "stores")
+                ),
+            )
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
+    parser.add_argument("--json", type=Path, help="also write every result to this file")
+    arguments = parser.parse_args()
+    archs = arguments.target or list(TARGETS)
+    with tempfile.TemporaryDirectory() as cache:  # fresh: nothing compiled earlier is read
+        os.environ["TRITON_CACHE_DIR"] = cache
+        rows = compile_all(archs)
+    keys = {arch: count_keys(arch) for arch in archs}
+    slices = {arch: count_slice_keys(arch) for arch in archs}
+    show(rows, Console(width=None if sys.stdout.isatty() else 160))
+    if arguments.json:
+        result = {"kernels": rows, "keys": keys, "slice_keys": slices}
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

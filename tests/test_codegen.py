@@ -1,0 +1,258 @@
+"""The machine code of every shipped kernel configuration, compiled for GPUs that are not here.
+
+ci/codegen.py compiles in a process of its own, because this one may interpret the kernels.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CODEGEN = ROOT / "ci" / "codegen.py"
+pytest.importorskip("triton.backends", reason="Triton is not installed on this platform")
+
+CUDA = ("sm_80", "sm_90", "sm_100")
+TARGETS = (*CUDA, "gfx942")
+FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "policy_loss_bwd_kernel"
+ITEMSIZE = {"bool": 1, "bfloat16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
+
+
+def run_python(*arguments, cache, **environment):
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(CODEGEN.parent))),
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """{"kernels": [what the machine code of a case and target says], "keys": ..., ...}"""
+    folder = tmp_path_factory.mktemp("codegen")
+    run_python(CODEGEN, "--json", folder / "report.json", cache=folder)
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(params=TARGETS)
+def kernels(request, report):
+    found = [row for row in report["kernels"] if row["target"] == request.param]
+    assert {row["case"]["kernel"] for row in found} == {FWD, REDUCE, BWD}
+    return found
+
+
+def name(row):
+    return f"{row['case']['kernel']} ({row['case']['name']}) on {row['target']}"
+
+
+def tokens_per_thread(row):
+    return row["constants"]["BLOCK"] // row["threads"]
+
+
+def wide(row, dtypes):
+    """128-bit accesses that one pass of a thread over tensors of these dtypes needs."""
+    sizes = [tokens_per_thread(row) * ITEMSIZE[dtype] for dtype in dtypes]
+    return sum(size // 16 for size in sizes)
+
+
+def token_dtypes(case):
+    """The dtypes of the tensors of which the forward kernel reads one element a token."""
+    dtypes = []
+    if case["old"] or case["ref"]:  # without either the ratio is 1: log_probs is not read
+        dtypes.append(case["dtype"])
+    dtypes += [case["dtype"]] * (case["old"] + case["ref"])
+    dtypes += ["float32"] * ((case["advantages"] == "token") + (case["rollout"] == "token"))
+    return dtypes + [case["mask"]] * (case["mask"] is not None)
+
+
+def test_the_flags_of_the_forward_kernel_are_covered(report):
+    """Every constexpr takes each of its values somewhere, so no branch is left uncompiled."""
+    rows = [row for row in report["kernels"] if row["case"]["kernel"] == FWD]
+    flags = [flag for flag in rows[0]["constants"] if flag != "BLOCK"]
+    assert len(flags) >= 10
+    for flag in flags:
+        assert {row["constants"][flag] for row in rows} == {False, True}, flag
+
+
+def test_nothing_spills(kernels):
+    """To memory. On gfx942 the kernels for 16-bit input with metrics keep up to 24 scalar registers
+    in lanes of a vector register, which the reader reports as scalar_spills."""
+    spilled = {name(row): row["spill_bytes"] for row in kernels if row["spill_bytes"]}
+    assert not spilled
+    assert not {name(row): row["local_memory"] for row in kernels if row["local_memory"]}
+    assert all(row.get("scalar_spills", 0) <= 24 for row in kernels)
+
+
+def test_no_double_precision(kernels):
+    assert not {name(row): row["fp64"] for row in kernels if row["fp64"]}
+
+
+def test_no_atomics(kernels):
+    """What adds up in the order of arrival is not deterministic to the bit."""
+    assert not {name(row): row["atomics"] for row in kernels if row["atomics"]}
+
+
+def test_interior_loads_are_128_bit(kernels):
+    """Each contiguous token tensor is read by 128-bit loads, and nothing else is that wide."""
+    for row in kernels:
+        case = row["case"]
+        if case["kernel"] == FWD and not case["strided"]:
+            assert tokens_per_thread(row) * ITEMSIZE[case["dtype"]] == 16, name(row)
+            expected = wide(row, token_dtypes(case))
+        elif case["kernel"] == BWD:
+            expected = wide(row, [case["dtype"]])
+            assert expected >= 1, name(row)
+        else:
+            continue
+        assert row["loads"].get("128", 0) == expected, name(row)
+
+
+def test_interior_mask_loads_are_as_wide_as_a_thread(kernels):
+    """A bool mask is read by 4 or 8 bytes. Only the stream's last tile, whose loads are
+    predicated, reads single bytes: one load for each token of a thread, not two."""
+    checked = 0
+    for row in kernels:
+        case = row["case"]
+        if case["kernel"] == FWD and case["mask"] == "bool" and not case["strided"]:
+            assert row["loads"]["8"] == tokens_per_thread(row), name(row)
+            checked += 1
+    assert checked >= 10
+
+
+def test_interior_stores_are_128_bit(kernels):
+    """The gradient is stored in two places: computed, or zeros for a tile of padding."""
+    for row in kernels:
+        case = row["case"]
+        if case["kernel"] == FWD:
+            grad = "bfloat16" if case["dtype"] == "bfloat16" else "float32"
+            expected = 2 * wide(row, [grad]) if case["grad"] else 0
+            assert expected or not case["grad"], name(row)
+        elif case["kernel"] == BWD:
+            expected = wide(row, [case["out"]])
+            assert expected >= 1, name(row)
+        else:
+            expected = 0
+        assert row["stores"].get("128", 0) == expected, name(row)
+
+
+# Registers a thread of 256-thread programs; the register file of 65,536 then holds so many
+# programs an SM: 40 -> 6, 64 -> 4, 80 -> 3, 128 -> 2, 160 -> 1 (75, 50, 38, 25, 12 % occupancy).
+def register_budget(row):
+    case = row["case"]
+    if case["kernel"] == REDUCE:
+        return 80  # one program, or ten: occupancy is of no account
+    if case["kernel"] == BWD:
+        return 40
+    if case["dtype"] != "float32":  # 8 tokens a thread, and the compiler for sm_80 uses more
+        return 160 if row["target"] == "sm_80" else 128
+    if case["name"] in ("padded", "packed", "packed, mask") and row["target"] == "sm_90":
+        return 40
+    return 80 if case["metrics"] else 64
+
+
+@pytest.mark.parametrize("target", CUDA)
+def test_registers_within_budget(report, target):
+    rows = [row for row in report["kernels"] if row["target"] == target]
+    over = {
+        name(row): (row["registers"], register_budget(row))
+        for row in rows
+        if row["registers"] > register_budget(row)
+    }
+    assert not over, "(registers, budget)"
+
+
+def test_registers_within_budget_on_gfx942(report):
+    """128 of 512 VGPRs: 4 waves of 64 on each SIMD."""
+    rows = [row for row in report["kernels"] if row["target"] == "gfx942"]
+    assert not {name(row): row["registers"] for row in rows if row["registers"] > 128}
+
+
+def test_one_kernel_for_all_sizes_and_options(report):
+    """No recompile when B, T, N, strides, eps, beta or the clips change, nor at T % 16 = 0
+    against odd T: the wide loads above are those of every T.
+
+    The AMD backend compiles a second kernel for tensors beyond 2 GiB, which need 64-bit offsets.
+    """
+    for target in TARGETS:
+        allowed = 2 if target == "gfx942" else 1
+        assert len(report["keys"][target]) > 30
+        more = {case: keys for case, keys in report["keys"][target].items() if keys > allowed}
+        assert not more, target
+
+
+def test_one_kernel_for_all_micro_batches(report):
+    """Slices of a batch start at any address. Those that are not aligned to 16 bytes take the
+    kernel for strided tensors: two kernels in all, however many slices."""
+    for target in TARGETS:
+        assert report["slice_keys"][target] == {"padded": 2, "packed": 2}, target
+
+
+CONTROL = """
+    import json
+    import triton
+    import triton.language as tl
+    from triton.compiler import ASTSource
+    from codegen import TARGETS, read_machine_code
+
+    @triton.jit
+    def narrow_fp64_atomic(X, MASK, OUT, BLOCK: tl.constexpr):
+        lane = tl.arange(0, BLOCK)
+        x = tl.load(X + lane, mask=tl.load(MASK + lane) != 0, other=0.0)
+        tl.atomic_add(OUT, tl.sum(x.to(tl.float64), axis=0).to(tl.float32))
+
+    @triton.jit
+    def spilling(X, BLOCK: tl.constexpr):
+        lane = tl.arange(0, BLOCK)
+        x = tl.load(X + lane)
+        y = tl.sort(x)
+        for _ in range(4):
+            y = tl.sort(x * y)
+        tl.store(X + lane, x + y)
+
+    result = {}
+    for arch in ("sm_90", "gfx942"):
+        for fn, signature, options in (
+            (narrow_fp64_atomic, ("*fp32", "*i1", "*fp32"), {}),
+            (spilling, ("*fp32",), {"num_warps": 1}),
+        ):
+            types = dict(zip(fn.arg_names, (*signature, "constexpr")))
+            if arch == "sm_90" and fn is spilling:
+                options = {**options, "maxnreg": 32}
+            kernel = triton.compile(
+                ASTSource(
+                    fn, types, constexprs={(len(signature),): 1024},
+                    attrs={(i,): [["tt.divisibility", 16]] for i in range(len(signature))},
+                ),
+                target=TARGETS[arch],
+                options=options,
+            )
+            result[f"{fn.__name__} {arch}"] = read_machine_code(kernel.asm)
+    print(json.dumps(result))
+"""
+
+
+def test_the_reader_sees_what_it_looks_for(tmp_path):
+    """The tests above look for absences: kernels with every fault, read by the same reader."""
+    script = tmp_path / "control.py"
+    script.write_text(textwrap.dedent(CONTROL))
+    seen = json.loads(run_python(script, cache=tmp_path).splitlines()[-1])
+    for target in ("sm_90", "gfx942"):
+        faulty = seen[f"narrow_fp64_atomic {target}"]
+        assert faulty["atomics"]
+        assert faulty["fp64"]
+        # The mask is loaded first, so the load that it guards is one by one.
+        assert faulty["loads"]["32"] >= 4
+        assert "128" not in faulty["loads"]
+    assert seen["spilling sm_90"]["spill_bytes"] > 0
+    assert seen["spilling sm_90"]["local_memory"]
