@@ -39,6 +39,7 @@ SHAPES = {
     "all_masked": ([0, 0, 0], 11),  # loss 0, gradient 0, no 0/0
     "one_tile": ([1024], 1024),  # rows, tiles and the stream end together
     "tile_and_one": ([1025, 1023], 1025),  # a tile boundary one token off the row's
+    "last_lane": ([2047, 5], 2047),  # a row begins on the last token of a tile of either size
     "long_odd_row": ([2500], 2501),  # a row over three tiles
     "boundary_in_rows": ([1500, 3, 1024], 1500),  # tiles begin inside rows, in both tile sizes
     "tiles_of_padding": ([10, 10], 5000),  # tiles in which nothing counts between those that do
