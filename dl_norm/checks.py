@@ -36,7 +36,7 @@ def check_policy_loss_inputs(
     dtypes: tuple[torch.dtype, ...] = LOG_PROB_DTYPES,
 ) -> None:
     """Checks types, dtypes, devices and shapes of the tensors of a policy loss."""
-    _check_tensor("log_probs", log_probs, dtypes)
+    check_tensor("log_probs", log_probs, dtypes)
     shape = log_probs.shape
     if cu_seqlens is None:
         if log_probs.ndim != 2:
@@ -68,7 +68,7 @@ def check_policy_loss_inputs(
             if name in ("advantages", "weights"):
                 raise TypeError(f"{name} must be a tensor, got None")
             continue
-        _check_tensor(name, tensor, (*LOG_PROB_DTYPES, torch.float64))
+        check_tensor(name, tensor, (*LOG_PROB_DTYPES, torch.float64))
         _check_device(name, tensor, log_probs)
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -93,7 +93,7 @@ def check_policy_loss_inputs(
             raise ValueError(f"mask must be {tuple(shape)} like log_probs, got {tuple(mask.shape)}")
 
 
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:

@@ -7,7 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autograd import PolicyLossFunction
-from .checks import check_cu_seqlens, check_policy_loss_inputs
+from .checks import (
+    LOG_PROB_DTYPES,
+    check_cu_seqlens,
+    check_policy_loss_inputs,
+    check_tensor,
+)
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
 from .weights import sequence_lengths, sequence_weights
@@ -129,6 +134,7 @@ def delta_l_loss(
         alpha, max_length, group: as for :func:`sequence_weights`.
         **options: every other option of :func:`policy_loss`.
     """
+    check_tensor("log_probs", log_probs, LOG_PROB_DTYPES)
     if cu_seqlens is None and log_probs.ndim != 2:
         raise ValueError(
             f"log_probs must be (B, T), or (N,) with cu_seqlens; got {tuple(log_probs.shape)}"
