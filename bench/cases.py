@@ -16,6 +16,21 @@ EPS_LOW, EPS_HIGH = 0.2, 0.3
 BOUNDARY = 1e-4
 
 
+def draw_lengths(sequences: int, max_length: int, fill: float, seed: int = 0) -> Tensor:
+    """Lognormal lengths in 1..T whose mean is fill * T (to within rounding)."""
+    if fill >= 1:
+        return torch.full((sequences,), max_length)
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.exp(0.6 * torch.randn(sequences, generator=generator, dtype=torch.double))
+    scaled = draw
+    # Clipping at T lowers the mean: a few fixed-point steps restore it.
+    factor = fill * max_length / draw.mean()
+    for _ in range(50):
+        scaled = (draw * factor).clamp(1, max_length)
+        factor = factor * (fill * max_length / scaled.mean())
+    return scaled.round().long().clamp(1, max_length)
+
+
 @dataclass(frozen=True)
 class Case:
     """One shape.
@@ -32,25 +47,17 @@ class Case:
     packed: bool = False
     scaled_from: str | None = None
 
-    def lengths(self, seed: int = 0) -> Tensor:
-        """Lognormal lengths in 1..T whose mean is fill * T (to within rounding)."""
-        if self.fill >= 1:
-            return torch.full((self.sequences,), self.max_length)
-        generator = torch.Generator().manual_seed(seed)
-        draw = torch.exp(0.6 * torch.randn(self.sequences, generator=generator, dtype=torch.double))
-        scaled = draw
-        # Clipping at T lowers the mean: a few fixed-point steps restore it.
-        factor = self.fill * self.max_length / draw.mean()
-        for _ in range(50):
-            scaled = (draw * factor).clamp(1, self.max_length)
-            factor = factor * (self.fill * self.max_length / scaled.mean())
-        return scaled.round().long().clamp(1, self.max_length)
+    def lengths(self) -> Tensor:
+        return draw_lengths(self.sequences, self.max_length, self.fill)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths().sum())
 
     @property
     def positions(self) -> int:
         """Elements of log_probs, padding included."""
-        tokens = int(self.lengths().sum())
-        return tokens if self.packed else self.sequences * self.max_length
+        return self.tokens if self.packed else self.sequences * self.max_length
 
     def bytes_moved(self, element_size: int = 4) -> int:
         """Bytes that a loss with its gradient must read and write, by the model:
@@ -60,8 +67,11 @@ class Case:
         8·fill + 5 with padding, 12 when packed. Tensors of one entry per sequence are left out.
         """
         mask = 0 if self.packed else 1
-        tokens = int(self.lengths().sum())
-        return 2 * element_size * tokens + (element_size + mask) * self.positions
+        return 2 * element_size * self.tokens + (element_size + mask) * self.positions
+
+    def flops(self) -> int:
+        """Matrix products, of which this entry has none."""
+        return 0
 
 
 GPU_CASES = (
@@ -102,6 +112,10 @@ class Inputs:
     lengths: Tensor  # (G,)
     cu_seqlens: Tensor | None  # (G+1,), None when padded
     max_length: int
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.log_probs,)
 
     def per_token(self, per_sequence: Tensor) -> Tensor:
         """(G,) spread to the shape of log_probs."""

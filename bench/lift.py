@@ -12,9 +12,11 @@ import __future__
 import ast
 import importlib.machinery
 import importlib.metadata
+import importlib.util
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,40 @@ def lift(
     scope_of_function = dict(namespace)
     exec(code, scope_of_function)
     return scope_of_function[node.name]
+
+
+def load_module(module: str, stubs: Mapping[str, Mapping[str, Any]]) -> ModuleType:
+    """A whole module of a package, loaded from its file without the package's `__init__`.
+
+    For kernels, whose source Triton reads from disk. stubs: modules of the same package that this
+    one imports, by full name, as what is imported from them.
+    """
+    package = module.partition(".")[0]
+    spec = importlib.machinery.PathFinder.find_spec(package, [*sys.path, *EXTRA_PATHS])
+    if not (spec and spec.submodule_search_locations):
+        raise NotInstalled(f"{package} is not installed")
+    path = Path(next(iter(spec.submodule_search_locations)), *module.split(".")[1:])
+    if not path.with_suffix(".py").exists():
+        raise NotInstalled(f"{module} is not a file on disk: unpack the package's wheel")
+    # Under a name of its own, so that the real package can be imported beside it.
+    for name in (*stubs, module):
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            parent = f"{_ALIAS}{'.'.join(parts[:depth])}"
+            sys.modules.setdefault(parent, ModuleType(parent)).__path__ = []  # type: ignore
+    for name, attributes in stubs.items():
+        stub = ModuleType(_ALIAS + name)
+        vars(stub).update(attributes)
+        sys.modules[_ALIAS + name] = stub
+    loaded = importlib.util.spec_from_file_location(_ALIAS + module, path.with_suffix(".py"))
+    assert loaded is not None and loaded.loader is not None
+    result = importlib.util.module_from_spec(loaded)
+    sys.modules[_ALIAS + module] = result
+    loaded.loader.exec_module(result)
+    return result
+
+
+_ALIAS = "lifted_"
 
 
 def _assigns(statement: ast.stmt, names: Collection[str]) -> bool:

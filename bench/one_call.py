@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from bench import contest
 from bench.cases import GPU_CASES, make_inputs
-from bench.peers import CONTESTANTS, prepare
+from bench.peers import CONTESTANTS
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 UNITS = {
@@ -40,8 +41,8 @@ def main() -> None:
     case = next(c for c in GPU_CASES if c.name == options.case)
     if options.read is None:
         inputs = make_inputs(case, torch.device("cuda"))
-        loss = prepare(CONTESTANTS[0], inputs)
-        torch.autograd.grad(loss(), inputs.log_probs)
+        prepared = contest.prepare(CONTESTANTS[0], inputs)
+        torch.autograd.grad(prepared.result(), prepared.leaves)
         torch.cuda.synchronize()
         return
     model = case.bytes_moved()

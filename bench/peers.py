@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,29 +20,11 @@ from torch import Tensor
 import dl_norm
 import dl_norm.reference
 from bench.cases import EPS_HIGH, EPS_LOW, Inputs
+from bench.contest import OURS, Contestant, Loss, NotHere
 from bench.lift import NotInstalled, lift, version
-
-Loss = Callable[[], Tensor]
 
 # What verl's loss assigns for its metrics alone.
 VERL_METRICS = ("ppo_kl", "pg_clipfrac", "pg_clipfrac_lower", "pg_metrics")
-
-
-class NotHere(Exception):
-    """The contestant cannot run this case, or not on this machine."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """prepare(inputs) is not timed and returns the call that is: () -> scalar loss.
-
-    `note` says what the timed call includes.
-    """
-
-    name: str
-    note: str
-    prepare: Callable[[Inputs], Loss]
-    graphable: bool = False  # worth timing as a CUDA graph too
 
 
 def _policy_loss(function: Callable[..., Any], inputs: Inputs, **options: Any) -> Loss:
@@ -112,13 +93,18 @@ def _trl_compute_loss(metrics: bool) -> Callable[..., Tensor]:
 
 
 def _trl(inputs: Inputs, *, metrics: bool) -> Loss:
+    return trl_loss(inputs, lambda: inputs.log_probs, metrics=metrics)
+
+
+def trl_loss(inputs: Inputs, log_probs: Callable[[], Tensor], *, metrics: bool) -> Loss:
+    """TRL's loss of what ``log_probs`` returns; of the inputs it takes all else."""
     if inputs.mask is None:
         raise NotHere("TRL's loss takes padded batches only")
     compute_loss = _trl_compute_loss(metrics)
     entropies = torch.zeros_like(inputs.log_probs)
     no_prompt = _NoPrompt()
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (inputs.log_probs, entropies, None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs(), entropies, None),
         _metrics=defaultdict(lambda: defaultdict(list)),
         _entropy_bonus_enabled=False,
         accelerator=SimpleNamespace(
@@ -179,22 +165,34 @@ def _verl_compute_loss(metrics: bool) -> Callable[..., tuple[Tensor, dict[str, A
 def _verl(inputs: Inputs, *, metrics: bool) -> Loss:
     if inputs.mask is None:
         raise NotHere("verl's loss takes padded batches only")
-    compute_loss = _verl_compute_loss(metrics)
     advantages = inputs.per_token(inputs.advantages * inputs.weights).contiguous()
-    config = _VerlConfig(
-        clip_ratio=EPS_LOW,
-        clip_ratio_low=EPS_LOW,
-        clip_ratio_high=EPS_HIGH,
-        clip_ratio_c=3.0,
-        global_batch_info={},
+    return lambda: verl_loss(
+        inputs.old_log_probs, inputs.log_probs, advantages, inputs.mask, metrics=metrics
     )
-    return lambda: compute_loss(
-        old_log_prob=inputs.old_log_probs,
-        log_prob=inputs.log_probs,
+
+
+def verl_loss(
+    old_log_probs: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    metrics: bool = False,
+) -> Tensor:
+    """verl's loss; the weights are on the (B, T) advantages."""
+    return _verl_compute_loss(metrics)(
+        old_log_prob=old_log_probs,
+        log_prob=log_probs,
         advantages=advantages,
-        response_mask=inputs.mask,
+        response_mask=mask,
         loss_agg_mode="token-sum",
-        config=config,
+        config=_VerlConfig(
+            clip_ratio=EPS_LOW,
+            clip_ratio_low=EPS_LOW,
+            clip_ratio_high=EPS_HIGH,
+            clip_ratio_c=3.0,
+            global_batch_info={},
+        ),
     )[0]
 
 
@@ -205,7 +203,6 @@ class _VerlConfig(SimpleNamespace):
         return getattr(self, name, default)
 
 
-OURS = "dl_norm"
 CONTESTANTS = (
     Contestant(OURS, "policy_loss, impl=None", _ours, graphable=True),
     Contestant("dl_norm torch", 'policy_loss, impl="torch"', _ours_torch),
@@ -235,18 +232,10 @@ CONTESTANTS = (
 )
 
 
-def prepare(contestant: Contestant, inputs: Inputs) -> Loss:
-    """The timed call; `NotHere` says why there is none."""
-    try:
-        return contestant.prepare(inputs)
-    except NotInstalled as problem:
-        raise NotHere(str(problem)) from problem
-
-
 def versions() -> dict[str, str]:
     """Of the trainers whose code is run."""
     found = {}
-    for package in ("trl", "verl"):
+    for package in ("trl", "verl", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
         try:
             found[package] = version(package)
         except NotInstalled:

@@ -12,7 +12,8 @@ from bench.timing import Clock, Stats
 @dataclass(frozen=True)
 class Ceilings:
     copy_bytes_per_s: float  # device copy, bytes read plus bytes written
-    matmul_flops: float  # bf16 square matrix product
+    matmul_flops: float  # square matrix product
+    matmul_dtype: str
 
 
 def copy_bandwidth(clock: Clock, *, elements: int | None = None, rounds: int = 30) -> float:
@@ -26,13 +27,24 @@ def copy_bandwidth(clock: Clock, *, elements: int | None = None, rounds: int = 3
 
 
 def matmul_rate(clock: Clock, *, size: int | None = None, rounds: int = 20) -> float:
-    """FLOP/s of a square bf16 product of random matrices (zeros would run faster)."""
+    """FLOP/s of a square product of random matrices (zeros would run faster)."""
     if size is None:
-        size = 8192 if clock.device.type == "cuda" else 512
-    a, b = (torch.randn(size, size, device=clock.device).bfloat16() for _ in range(2))
+        size = 8192 if clock.device.type == "cuda" else 1024
+    dtype = matmul_dtype(clock.device)
+    a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
     taken = Stats.of(clock.repeat(lambda: a @ b, rounds))
     return 2 * size**3 / taken.median
 
 
-def measure(clock: Clock) -> Ceilings:
-    return Ceilings(copy_bandwidth(clock), matmul_rate(clock))
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """What models are trained in: bfloat16 on a GPU; on most CPUs it is slower than float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def measure(clock: Clock, *, quick: bool = False) -> Ceilings:
+    """quick: small and few, to try a command; such ceilings mean nothing."""
+    dtype = str(matmul_dtype(clock.device)).removeprefix("torch.")
+    if quick:
+        copy = copy_bandwidth(clock, elements=2**20, rounds=3)
+        return Ceilings(copy, matmul_rate(clock, size=64, rounds=3), dtype)
+    return Ceilings(copy_bandwidth(clock), matmul_rate(clock), dtype)

@@ -1,6 +1,7 @@
 """The comparison as one command.
 
 python -m bench.table                        measure, print, write bench/results/
+python -m bench.table --suite linear         another entry: logits, token_log_probs, linear, ...
 python -m bench.table --from FILE.json       print an earlier run again
 python -m bench.table ... --markdown         also the table for the README
 python -m bench.table ... --figure FILE.png  also a picture
@@ -26,10 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import bench.cases
-from bench import parity, peers, roofline, timing
-from bench.cases import Case, Inputs, make_inputs
-from bench.peers import CONTESTANTS, OURS, Contestant, NotHere
+from bench import contest, parity, peers, roofline, timing
+from bench.cases import Case
+from bench.contest import OURS, AnyCase, AnyInputs, Contestant, NotHere, Suite
+from bench.roofline import Ceilings
+from bench.suites import LOG_PROBS, SUITES
 from bench.timing import Clock, Stats, Trial
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,8 +50,9 @@ class Row:
     graph: Stats | None = None  # replay as a CUDA graph; only on a GPU
     ratio_to_ours: float | None = None
     bytes_model: int | None = None
-    bandwidth: float | None = None  # bytes_model / median
-    of_copy: float | None = None  # bandwidth / measured copy bandwidth
+    flops_model: int | None = None
+    floor: float | None = None  # seconds that both models take at the measured ceilings
+    of_floor: float | None = None  # floor / median
     peak_bytes: int | None = None
     launches: int | None = None
     first_call: float | None = None  # seconds, compilation included
@@ -60,6 +63,7 @@ class Row:
 class Report:
     """A run: where, with what, and its rows."""
 
+    suite: str
     device: str
     date: str
     command: str
@@ -73,7 +77,7 @@ class Report:
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        path = folder / f"{slug}-{self.date[:10]}.json"
+        path = folder / f"{slug}-{self.suite.replace('_', '-')}-{self.date[:10]}.json"
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
         return path
 
@@ -87,59 +91,85 @@ class Report:
         return cls(**data, rows=[Row(**row) for row in rows])
 
 
-def make_trial(contestant: Contestant, inputs: Inputs, pass_: str) -> Trial:
+def make_trial(contestant: Contestant, inputs: AnyInputs, pass_: str) -> Trial:
     """What `timing.compare` times: set-up, then the call of one pass.
 
     The upstream gradient is a tensor that is there already, as in the middle of a graph.
     """
-    loss = peers.prepare(contestant, inputs)
-    one = torch.ones((), device=inputs.log_probs.device)
+    prepared = contest.prepare(contestant, inputs)
+    loss, leaves = prepared.result, prepared.leaves
     if pass_ == "forward":
-        return lambda: loss
+
+        def forward():
+            prepared.restore()
+            return loss
+
+        return forward
+    one = torch.ones((), device=leaves[0].device)
     if pass_ == "both":
-        return lambda: lambda: torch.autograd.grad(loss(), inputs.log_probs, one)
+
+        def both():
+            prepared.restore()
+            return lambda: torch.autograd.grad(loss(), leaves, one)
+
+        return both
 
     def backward():
+        prepared.restore()
         value = loss()
-        return lambda: torch.autograd.grad(value, inputs.log_probs, one)
+        return lambda: torch.autograd.grad(value, leaves, one)
 
     return backward
 
 
+def first_call(prepared: contest.Prepared, clock: Clock) -> float:
+    """Seconds of the first call, compilation included."""
+    prepared.restore()
+
+    def call():
+        result = prepared.result()
+        return torch.autograd.grad(result, prepared.leaves) if prepared.leaves else result
+
+    return Clock(clock.device, "wall")(call)
+
+
 def measure_case(
-    case: Case,
+    suite: Suite,
+    case: AnyCase,
     clock: Clock,
-    copy_bandwidth: float,
-    contestants: Sequence[Contestant] = CONTESTANTS,
+    ceilings: Ceilings,
+    contestants: Sequence[Contestant] | None = None,
     *,
     rounds: int,
-    passes: Sequence[str] = PASSES,
+    passes: Sequence[str] | None = None,
 ) -> list[Row]:
     """All contestants on one case. A wrong or absent contestant gets a row with the reason."""
     device = clock.device
+    contestants = suite.contestants if contestants is None else contestants
+    passes = suite.passes if passes is None else passes
     if hasattr(torch, "compiler"):
         torch.compiler.reset()  # each case compiles for itself, whatever came before
-    bytes_model = case.bytes_moved()
+    bytes_model, flops_model = case.bytes_moved(), case.flops()
+    floor = bytes_model / ceilings.copy_bytes_per_s + flops_model / ceilings.matmul_flops
     count = timing.buffer_sets(bytes_model, device)
-    sets = [make_inputs(case, device, seed) for seed in range(count)]
-    expected = parity.truth(sets[0])
+    sets = [suite.make_inputs(case, device, seed) for seed in range(count)]
+    expected = suite.truth(sets[0])
 
     rows: list[Row] = []
     able: dict[str, Contestant] = {}
-    first_call: dict[str, float] = {}
+    first_calls: dict[str, float] = {}
     for contestant in contestants:
         try:
-            loss = peers.prepare(contestant, sets[0])
-            first_call[contestant.name] = Clock(device, "wall")(
-                lambda loss=loss: torch.autograd.grad(loss(), sets[0].log_probs)
-            )
-            parity.check(sets[0], loss, expected)
-        except (NotHere, parity.Wrong) as problem:
+            prepared = contest.prepare(contestant, sets[0])
+            first_calls[contestant.name] = first_call(prepared, clock)
+            suite.check(prepared, expected)
+        except (NotHere, parity.Wrong, torch.OutOfMemoryError) as problem:
             rows += [Row(case.name, contestant.name, p, refused=str(problem)) for p in passes]
             continue
         able[contestant.name] = contestant
     del expected
 
+    whole = "both" if "both" in passes else passes[-1]  # the pass that the floor is of
     for pass_ in passes:
         trials = {
             name: [make_trial(contestant, inputs, pass_) for inputs in sets]
@@ -150,7 +180,6 @@ def measure_case(
         walls = timing.compare(trials, Clock(device, "wall"), rounds=rounds) if on_gpu else {}
         for name, contestant in able.items():
             median = times[name].median
-            call = trials[name][0]()
             row = Row(
                 case.name,
                 name,
@@ -158,12 +187,12 @@ def measure_case(
                 time=times[name],
                 wall=walls.get(name),
                 ratio_to_ours=median / times[OURS].median if OURS in times else None,
-                first_call=first_call[name],
+                first_call=first_calls[name],
             )
-            if pass_ == "both":
-                row.bytes_model = bytes_model
-                row.bandwidth = bytes_model / median
-                row.of_copy = row.bandwidth / copy_bandwidth
+            if pass_ == whole:
+                call = trials[name][0]()
+                row.bytes_model, row.flops_model = bytes_model, flops_model
+                row.floor, row.of_floor = floor, floor / median
                 row.peak_bytes = timing.peak_memory(call, device)
                 row.launches = timing.count_launches(call, device)
                 if on_gpu and contestant.graphable:
@@ -186,9 +215,9 @@ def extra_compiles(device: torch.device, lengths: Sequence[int]) -> dict[str, An
     """Triton compilations for every T after the first: 0 is the target."""
 
     def run(max_length: int) -> None:
-        inputs = make_inputs(Case(str(max_length), 4, max_length, fill=0.5), device)
-        loss = peers.prepare(CONTESTANTS[0], inputs)()
-        torch.autograd.grad(loss, inputs.log_probs)
+        inputs = LOG_PROBS.make_inputs(Case(str(max_length), 4, max_length, fill=0.5), device, 0)
+        prepared = contest.prepare(LOG_PROBS.contestants[0], inputs)
+        torch.autograd.grad(prepared.result(), prepared.leaves)
 
     with timing.count_compiles() as first:
         run(lengths[0])
@@ -241,50 +270,45 @@ def _cpu_name() -> str:
 
 
 def run(
+    suite: Suite,
     device: torch.device,
-    cases: Iterable[Case],
+    cases: Iterable[AnyCase],
     *,
     rounds: int,
-    contestants: Sequence[Contestant] = CONTESTANTS,
-    passes: Sequence[str] = PASSES,
+    contestants: Sequence[Contestant] | None = None,
+    passes: Sequence[str] | None = None,
     command: str = "",
     quick_ceilings: bool = False,
 ) -> Report:
     """Measure the ceilings, then every case."""
     clock = Clock(device)
     name, versions = describe(device)
-    if quick_ceilings:
-        ceilings = roofline.Ceilings(
-            roofline.copy_bandwidth(clock, elements=2**20, rounds=3),
-            roofline.matmul_rate(clock, size=64, rounds=3),
-        )
-    else:
-        ceilings = roofline.measure(clock)
+    ceilings = roofline.measure(clock, quick=quick_ceilings)
     cases = list(cases)
+    contestants = suite.contestants if contestants is None else contestants
     report = Report(
+        suite=suite.name,
         device=name,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         versions=versions,
         ceilings=asdict(ceilings),
-        cases={case.name: {**asdict(case), "tokens": int(case.lengths().sum())} for case in cases},
+        cases={
+            case.name: {**vars(case), "tokens": case.tokens, "scaled_from": case.scaled_from}
+            for case in cases
+        },
         notes={contestant.name: contestant.note for contestant in contestants},
     )
-    for case in tqdm(cases, desc="cases", disable=None):
+    for case in tqdm(cases, desc=f"{suite.name} cases", disable=None):
         report.rows += measure_case(
-            case,
-            clock,
-            ceilings.copy_bytes_per_s,
-            contestants,
-            rounds=rounds,
-            passes=passes,
+            suite, case, clock, ceilings, contestants, rounds=rounds, passes=passes
         )
-    if device.type == "cuda":
+    if device.type == "cuda" and suite is LOG_PROBS:
         report.extra_compiles = extra_compiles(device, recompile_lengths())
     return report
 
 
-COLUMNS = ("", "median µs", "p20-p80", "x ours", "% of copy", "peak MB", "launches", "wall µs",
+COLUMNS = ("", "median µs", "p20-p80", "x ours", "% of floor", "peak MB", "launches", "wall µs",
            "graph µs")  # fmt: skip
 
 
@@ -300,7 +324,7 @@ def cells(row: Row) -> list[str]:
         micro(row.time),
         f"{row.time.p20 * 1e6:.1f}-{row.time.p80 * 1e6:.1f}",
         "" if row.ratio_to_ours is None else f"{row.ratio_to_ours:.2f}",
-        "" if row.of_copy is None else f"{row.of_copy * 100:.0f}",
+        "" if row.of_floor is None else f"{row.of_floor * 100:.0f}",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.2f}",
         "" if row.launches is None else str(row.launches),
         micro(row.wall),
@@ -311,10 +335,11 @@ def cells(row: Row) -> list[str]:
 def title(report: Report, case: str, pass_: str) -> str:
     about = report.cases[case]
     text = f"{case}, {pass_}: {about['tokens']:,} tokens"
-    model = next((r.bytes_model for r in report.rows if r.case == case and r.bytes_model), None)
-    if pass_ == "both" and model:
-        floor = model / report.ceilings["copy_bytes_per_s"]
-        text += f", {model / 1e6:.2f} MB to move, floor {floor * 1e6:.1f} µs"
+    row = next((r for r in report.rows if (r.case, r.pass_) == (case, pass_) and r.floor), None)
+    if row is not None and row.floor is not None:
+        if row.flops_model:
+            text += f", {row.flops_model / 1e12:.3g} TFLOP"
+        text += f", {(row.bytes_model or 0) / 1e6:.2f} MB to move, floor {row.floor * 1e6:.1f} µs"
     if about["scaled_from"]:
         text += f" (scaled down from {about['scaled_from']} for a CPU)"
     return text
@@ -334,7 +359,7 @@ def heading(report: Report) -> str:
     ceilings = report.ceilings
     return (
         f"{report.device}, {report.date}: {versions}; measured copy "
-        f"{ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, bf16 matmul "
+        f"{ceilings['copy_bytes_per_s'] / 1e9:.0f} GB/s, {ceilings['matmul_dtype']} matmul "
         f"{ceilings['matmul_flops'] / 1e12:.2f} TFLOP/s"
     )
 
@@ -361,59 +386,69 @@ def show(report: Report, console: Console) -> None:
         console.print(f"{name}: {note}")
 
 
+def whole_rows(report: Report) -> dict[tuple[str, str], Row]:
+    """The rows of the pass that the floor is of, by case and contestant."""
+    passes = {row.pass_ for row in report.rows}
+    whole = "both" if "both" in passes else "forward"
+    return {(r.case, r.contestant): r for r in report.rows if r.pass_ == whole}
+
+
 def markdown(report: Report) -> str:
-    """Forward + backward of every case as one table: a line per case, a column per contestant."""
-    both = {(r.case, r.contestant): r for r in report.rows if r.pass_ == "both"}
-    names = [name for name in report.notes if any(both.get((c, name)) for c in report.cases)]
+    """One table: a line per case, a column per contestant. Large times in ms, with peak memory."""
+    rows = whole_rows(report)
+    names = [name for name in report.notes if any(rows.get((c, name)) for c in report.cases)]
+    slow = min((r.time.median for r in rows.values() if r.time), default=0) > 1e-3
+    unit, scale = ("ms", 1e3) if slow else ("µs", 1e6)
+    head = f"{unit}, forward + backward" if "both" in {r.pass_ for r in rows.values()} else unit
     lines = [
-        "| µs, forward + backward (x ours) | " + " | ".join(names) + " | % of copy |",
+        f"| {head} (x ours){', peak MB' if slow else ''} | "
+        + " | ".join(names)
+        + " | % of floor |",
         "|---|" + "---:|" * (len(names) + 1),
     ]
     for case in report.cases:
         line = [case]
         for name in names:
-            row = both.get((case, name))
+            row = rows.get((case, name))
             if row is None or row.time is None:
                 line.append("-")
                 continue
-            text = f"{row.time.median * 1e6:,.1f}"
+            text = f"{row.time.median * scale:,.1f}"
             if name != OURS and row.ratio_to_ours is not None:
                 text += f" ({row.ratio_to_ours:.1f}x)"
+            if slow and row.peak_bytes is not None:
+                text += f", {row.peak_bytes / 1e6:,.0f}"
             line.append(text)
-        ours = both.get((case, OURS))
-        line.append(f"{ours.of_copy * 100:.0f} %" if ours and ours.of_copy else "-")
+        ours = rows.get((case, OURS))
+        line.append(f"{ours.of_floor * 100:.0f} %" if ours and ours.of_floor else "-")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join([*lines, "", heading(report)])
 
 
 def figure(report: Report, path: Path) -> None:
-    """Forward + backward time of every contestant, one group of bars per case, and the floor."""
+    """Time of every contestant, one group of bars per case, and the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    both = {(r.case, r.contestant): r for r in report.rows if r.pass_ == "both" and r.time}
+    rows = {key: row for key, row in whole_rows(report).items() if row.time}
     names = [name for name in report.notes if "metrics" not in name]
     cases = list(report.cases)
     width = 0.8 / len(names)
     fig, axes = plt.subplots(figsize=(1.8 * len(cases) + 2, 4.2), layout="constrained")
     for number, name in enumerate(names):
-        shown = [(i, both[case, name]) for i, case in enumerate(cases) if (case, name) in both]
+        shown = [(i, rows[case, name]) for i, case in enumerate(cases) if (case, name) in rows]
         centre = [i + (number - (len(names) - 1) / 2) * width for i, _ in shown]
         heights = [row.time.median * 1e6 for _, row in shown if row.time]
         axes.bar(centre, heights, width, label=name)
-    floors = [
-        next((r.bytes_model for r in both.values() if r.case == case and r.bytes_model), 0)
-        / report.ceilings["copy_bytes_per_s"]
-        for case in cases
-    ]
-    edges = [(i - 0.45, i + 0.45) for i in range(len(cases))]
-    for floor, (left, right) in zip(floors, edges, strict=True):
-        axes.plot([left, right], [floor * 1e6] * 2, color="black", linewidth=1)
-    axes.plot([], [], color="black", linewidth=1, label="bytes / copy bandwidth")
+    for i, case in enumerate(cases):
+        floor = next((r.floor for r in rows.values() if r.case == case and r.floor), None)
+        if floor:
+            axes.plot([i - 0.45, i + 0.45], [floor * 1e6] * 2, color="black", linewidth=1)
+    axes.plot([], [], color="black", linewidth=1, label="floor at the measured ceilings")
     axes.set_yscale("log")
-    axes.set_ylabel("forward + backward, µs (median)")
+    axes.set_ylabel(f"{report.suite}: µs (median)")
     axes.set_xticks(range(len(cases)), cases)
     axes.set_title(f"{report.device}, torch {report.versions['torch']}", fontsize=9)
     axes.legend(fontsize=8, ncols=2)
@@ -428,10 +463,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--from", dest="source", type=Path, help="show this result, run nothing")
+    parser.add_argument("--suite", choices=list(SUITES), default=LOG_PROBS.name)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--cases", nargs="+", help="names of cases, default all for the device")
     parser.add_argument("--contestants", nargs="+", help="names, default all")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument(
+        "--passes", nargs="+", choices=PASSES, help="default all that tell something"
+    )
     parser.add_argument(
         "--rounds", type=int, help="timed rounds, default 100 on a GPU, 30 on a CPU"
     )
@@ -459,13 +497,14 @@ def main(arguments: Sequence[str] | None = None) -> Report:
         report = Report.load(options.source)
     else:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        cases = bench.cases.TINY_CASES if options.tiny else bench.cases.cases_for(device)
+        suite = SUITES[options.suite]
         report = run(
+            suite,
             device,
-            pick(options.cases, cases),
+            pick(options.cases, suite.tiny if options.tiny else suite.cases(device)),
             rounds=options.rounds or (100 if device.type == "cuda" else 30),
-            contestants=pick(options.contestants, CONTESTANTS),
-            passes=options.passes,
+            contestants=pick(options.contestants, suite.contestants),
+            passes=options.passes or suite.passes,
             command=shlex.join(["python", "-m", "bench.table", *(arguments or sys.argv[1:])]),
             quick_ceilings=options.tiny,
         )

@@ -1,6 +1,6 @@
 """pytest-benchmark entry: one benchmark for each case, pass and contestant.
 
-    python -m pytest bench --benchmark-enable -q --benchmark-group-by=param:case,param:pass_
+    python -m pytest bench --benchmark-enable -q -k log_probs-64x1024
 
 These are wall times of one contestant after another; `python -m bench.table` interleaves them and
 uses the device's clock. Without --benchmark-enable each is called once, after its parity check.
@@ -11,27 +11,36 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import parity, peers, timing
-from bench.cases import Case, cases_for, make_inputs
-from bench.peers import CONTESTANTS, Contestant
-from bench.table import PASSES, extra_compiles, make_trial, recompile_lengths
+from bench import contest, timing
+from bench.contest import AnyCase, Contestant, Suite
+from bench.suites import SUITES
+from bench.table import extra_compiles, make_trial, recompile_lengths
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_SETS = 16  # enough to leave the caches at the larger shapes, and few enough to prepare
 
 
-@pytest.mark.parametrize("case", cases_for(DEVICE), ids=lambda case: case.name)
-@pytest.mark.parametrize("pass_", PASSES)
-@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.name)
-def test_policy_loss(benchmark, case: Case, pass_: str, contestant: Contestant) -> None:
+ALL = [
+    pytest.param(suite, case, pass_, contestant, id=f"{name}-{case.name}-{pass_}-{contestant.name}")
+    for name, suite in SUITES.items()
+    for case in suite.cases(DEVICE)
+    for pass_ in suite.passes
+    for contestant in suite.contestants
+]
+
+
+@pytest.mark.parametrize("suite, case, pass_, contestant", ALL)
+def test_policy_loss(
+    benchmark, suite: Suite, case: AnyCase, pass_: str, contestant: Contestant
+) -> None:
     count = min(MAX_SETS, timing.buffer_sets(case.bytes_moved(), DEVICE))
-    sets = [make_inputs(case, DEVICE, seed) for seed in range(count)]
+    sets = [suite.make_inputs(case, DEVICE, seed) for seed in range(count)]
     torch.compiler.reset()
     try:
-        loss = peers.prepare(contestant, sets[0])
-    except peers.NotHere as reason:
+        prepared = contest.prepare(contestant, sets[0])
+    except contest.NotHere as reason:
         pytest.skip(str(reason))
-    parity.check(sets[0], loss, parity.truth(sets[0]))
+    suite.check(prepared, suite.truth(sets[0]))
 
     trials = [make_trial(contestant, inputs, pass_) for inputs in sets]
     clock = timing.Clock(DEVICE, "wall")
@@ -46,7 +55,8 @@ def test_policy_loss(benchmark, case: Case, pass_: str, contestant: Contestant) 
 
     for trial in trials[:3]:
         timed(trial())
-    benchmark.pedantic(timed, setup=set_up, rounds=30)
+    benchmark.group = f"{suite.name} {case.name} {pass_}"
+    benchmark.pedantic(timed, setup=set_up, rounds=30 if suite.passes[0] == "forward" else 10)
     benchmark.extra_info["bytes_model"] = case.bytes_moved()
     benchmark.extra_info["includes"] = contestant.note
 

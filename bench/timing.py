@@ -115,12 +115,13 @@ def compare(
 
 
 def buffer_sets(bytes_of_one: int, device: torch.device) -> int:
-    """How many input sets it takes for a set to leave the last cache before its next turn."""
+    """How many input sets it takes for a set to leave the last cache before its next turn: one, if
+    it is itself larger than two caches."""
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
     else:
         cache = 32 * 2**20
-    return max(2, min(256, -(-2 * cache // max(1, bytes_of_one))))
+    return max(1, min(256, -(-2 * cache // max(1, bytes_of_one))))
 
 
 def peak_memory(call: Call, device: torch.device) -> int:

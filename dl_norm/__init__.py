@@ -7,18 +7,25 @@ one kernel serves them all and writes the final gradient in the forward pass.
 from . import reference
 from ._version import __version__
 from .functional import delta_l_loss, policy_loss
+from .linear import linear_policy_loss
+from .logits import PolicyLossOutputs, logits_policy_loss
 from .metrics import PolicyLossMetrics
 from .modules import DeltaLLoss
+from .token_log_probs import token_log_probs
 from .weights import reweight_advantages, sequence_lengths, sequence_weights
 
 __all__ = [
     "DeltaLLoss",
     "PolicyLossMetrics",
+    "PolicyLossOutputs",
     "__version__",
     "delta_l_loss",
+    "linear_policy_loss",
+    "logits_policy_loss",
     "policy_loss",
     "reference",
     "reweight_advantages",
     "sequence_lengths",
     "sequence_weights",
+    "token_log_probs",
 ]

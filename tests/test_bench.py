@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import parity, peers, table, timing
+from bench import contest, head_peers, heads, parity, peers, table, timing
 from bench.cases import GPU_CASES, TINY_CASES, Case, Inputs, make_inputs
-from bench.lift import NotInstalled, lift
+from bench.contest import OURS, Contestant, NotHere
+from bench.lift import NotInstalled, lift, load_module
 from bench.one_call import read_csv
-from bench.peers import CONTESTANTS, OURS, Contestant, NotHere
+from bench.peers import CONTESTANTS
+from bench.roofline import Ceilings
+from bench.suites import LOG_PROBS, SUITES
 
 CPU = torch.device("cpu")
 
@@ -109,15 +112,85 @@ def test_every_peer_agrees_with_float64() -> None:
         if contestant.name == "torch.compile":
             continue  # compiles for seconds; bench.table checks it before timing
         try:
-            loss = peers.prepare(contestant, inputs)
+            prepared = contest.prepare(contestant, inputs)
         except NotHere:
             continue
-        parity.check(inputs, loss, expected)
+        parity.check(prepared, expected)
         checked.append(contestant.name)
     assert {OURS, "reference"} <= set(checked)
     for package, names in (("trl", {"TRL", "TRL + metrics"}), ("verl", {"verl", "verl + metrics"})):
-        if peers.versions()[package] != "not installed":
+        if installed(package):
             assert names <= set(checked)
+
+
+def installed(package: str) -> bool:
+    return peers.versions()[package] != "not installed"
+
+
+HERE = {  # contestants that can run on a CPU, by the package they need
+    "logits": {"": {OURS, "dl_norm copy", "plain"}, "trl": {"TRL"}, "liger-kernel": {"Liger"}},
+    "token_log_probs": {"": {OURS, "plain"}, "trl": {"TRL"}},
+    "linear": {
+        "": {OURS, "dl_norm max_tokens", "plain"},
+        "trl": {"TRL"},
+        "liger-kernel": {"Liger scaled CE"},
+    },
+    "cross_entropy": {"": {OURS, "plain"}},
+}
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_head_peer_agrees_with_float64(name: str) -> None:
+    """Twice each, as a benchmark calls them: what overwrites its inputs must restore them."""
+    suite = SUITES[name]
+    inputs = suite.make_inputs(suite.tiny[0], CPU, 0)
+    expected = suite.truth(inputs)
+    checked = set()
+    for contestant in suite.contestants:
+        if contestant.name in ("torch.compile", "Liger chunked"):
+            continue  # compile for seconds; bench.table checks them before timing
+        try:
+            prepared = contest.prepare(contestant, inputs)
+        except NotHere:
+            continue
+        suite.check(prepared, expected)
+        suite.check(prepared, expected)
+        checked.add(contestant.name)
+    for package, names in HERE[name].items():
+        assert not names - checked or (package and not installed(package))
+
+
+def test_truth_of_the_heads_is_autograd_through_the_whole(monkeypatch) -> None:
+    """In float64 at once and in pieces of two rows: the same gradients; a wrong one is seen."""
+    inputs = heads.make_inputs(heads.tiny_cases("linear")[0], CPU)
+    leaves = tuple(leaf.detach().double().requires_grad_() for leaf in inputs.leaves)
+    exact = heads.HeadInputs(leaves, *inputs.loss_tensors, inputs.tokens)
+    monkeypatch.setattr(head_peers, "_plain_log_probs", heads_log_probs)
+    loss = head_peers._plain_loss(*exact.leaves, *exact.loss_tensors)
+    whole = torch.autograd.grad(loss, leaves)
+    monkeypatch.setattr(heads, "CHUNK", 2)
+    pieces = heads.truth(inputs)
+    assert (loss - pieces.result).abs() <= 1e-7  # weights and old log-probs are float32
+    for a, b in zip(whole, pieces.gradients, strict=True):
+        torch.testing.assert_close(a, b.double(), rtol=1e-6, atol=1e-9)
+    with pytest.raises(parity.Wrong, match="gradient 0 off by"):
+        heads.check_gradients(tuple(1.001 * g.float() for g in pieces.gradients), pieces)
+
+
+def heads_log_probs(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    logits = hidden @ head.t()
+    return logits.log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+
+
+def test_head_models_by_hand() -> None:
+    """6 N D V operations and 4 bytes a bfloat16 logit, of counted tokens; the zeros of the others
+    where the logits are given."""
+    full = heads.HeadCase("", "linear", 8, 1024, 1000, 64)
+    assert (full.flops(), full.bytes_moved()) == (6 * 8192 * 64 * 1000, 4 * 8192 * 1000)
+    ragged = heads.HeadCase("", "logits", 8, 1024, 1000, fill=0.4)
+    assert ragged.flops() == 0
+    assert ragged.bytes_moved() == 2 * 1000 * (ragged.tokens + 8192)
+    assert heads.HeadCase("", "token_log_probs", 8, 1024, 1000).bytes_moved() == 2 * 8192 * 1000
 
 
 def prepare_wrong(factor: float, nan_gradient: bool = False):
@@ -140,8 +213,9 @@ def test_no_speed_without_parity(prepare) -> None:
     """A contestant that is off by 1e-4, or gives NaN, gets a reason in place of every time."""
     wrong = Contestant("wrong", "", prepare)
     rows = table.measure_case(
-        TINY_CASES[0], timing.Clock(CPU), 1e9, [*contestants(OURS), wrong], rounds=1
-    )
+        LOG_PROBS, TINY_CASES[0], timing.Clock(CPU), Ceilings(1e9, 1e9, ""),
+        [*contestants(OURS), wrong], rounds=1,
+    )  # fmt: skip
     refused = [row for row in rows if row.contestant == "wrong"]
     assert len(refused) == 3
     for row in refused:
@@ -171,6 +245,22 @@ def test_a_tiny_run_writes_what_it_shows(tmp_path, capsys) -> None:
     assert "4x48, both" in shown
     assert "| packed 4x48 |" in shown
     assert table.Report.load(path) == report
+    assert report.suite == "log_probs"
+
+
+def test_a_tiny_run_of_another_suite(tmp_path, capsys) -> None:
+    report = table.main(
+        ["--suite", "linear", "--tiny", "--device", "cpu", "--rounds", "2", "--markdown",
+         "--results", str(tmp_path), "--contestants", OURS, "plain"]
+    )  # fmt: skip
+    (path,) = tmp_path.glob("*-linear-*.json")
+    assert table.Report.load(path) == report
+    for row in report.rows:
+        assert row.time and row.floor and row.peak_bytes
+        assert row.of_floor == pytest.approx(row.floor / row.time.median)
+        # 3 products of 2 n D V, and the logits' bytes twice
+        assert row.flops_model == 6 * report.cases[row.case]["tokens"] * 16 * 64
+    assert "TFLOP" in capsys.readouterr().out
 
 
 def test_unknown_names_are_refused() -> None:
@@ -224,6 +314,19 @@ def test_lift_runs_the_source_without_its_imports(tmp_path, monkeypatch, as_whee
         lift(*arguments, stop_at_inner_function="gone:result")
     with pytest.raises(NotInstalled):
         lift("not_installed_anywhere.trainer", "loss", {})
+
+
+def test_a_module_is_loaded_from_its_file_alone(tmp_path, monkeypatch) -> None:
+    """Neither the package's own __init__ runs nor the neighbours it imports from."""
+    (tmp_path / "peer" / "kernels").mkdir(parents=True)
+    (tmp_path / "peer" / "__init__.py").write_text("raise ImportError")
+    (tmp_path / "peer" / "kernels" / "one.py").write_text(
+        "def two():\n    from ..utils import half\n    return 4 * half\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_module("peer.kernels.one", {"peer.utils": {"half": 0.5}}).two() == 2
+    with pytest.raises(NotInstalled, match="not a file on disk"):
+        load_module("peer.kernels.gone", {})
 
 
 def test_ncu_output_is_read_in_bytes_and_seconds() -> None:

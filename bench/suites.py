@@ -1,0 +1,55 @@
+"""Every comparison that `python -m bench.table --suite NAME` can make."""
+
+from __future__ import annotations
+
+import functools
+
+from bench import cases, head_peers, heads, parity, peers
+from bench.contest import Suite
+
+LOG_PROBS = Suite(
+    name="log_probs",
+    about="policy_loss: log-probs to loss and gradient",
+    cases=cases.cases_for,
+    tiny=cases.TINY_CASES,
+    make_inputs=cases.make_inputs,
+    contestants=peers.CONTESTANTS,
+    truth=parity.truth,
+    check=parity.check,
+)
+
+
+def _head_suite(name: str, about: str, **options) -> Suite:
+    # One pass: where the gradient is made in the forward pass the two have no separate times.
+    settings = {"passes": ("both",), "truth": heads.truth, "check": heads.check} | options
+    return Suite(
+        name=name,
+        about=about,
+        cases=functools.partial(heads.cases_for, name),
+        tiny=heads.tiny_cases(name),
+        make_inputs=heads.make_inputs,
+        contestants=head_peers.CONTESTANTS[name],
+        **settings,
+    )
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        LOG_PROBS,
+        _head_suite("logits", "logits_policy_loss: logits to loss and gradient"),
+        _head_suite(
+            "token_log_probs",
+            "token_log_probs: logits to log-probs, no gradient",
+            passes=("forward",),
+            check=heads.check_log_probs,
+        ),
+        _head_suite("linear", "linear_policy_loss: hidden states and head to loss and gradients"),
+        _head_suite(
+            "cross_entropy",
+            "linear_policy_loss as a mean cross-entropy, for peers that have no policy loss",
+            truth=heads.cross_entropy_truth,
+            check=heads.check_cross_entropy,
+        ),
+    )
+}
