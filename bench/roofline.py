@@ -37,7 +37,7 @@ def matmul_rate(clock: Clock, *, size: int | None = None, rounds: int = 20) -> f
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """What models are trained in: bfloat16 on a GPU; on most CPUs it is slower than float32."""
+    """Of the cases: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

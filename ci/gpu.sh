@@ -7,17 +7,21 @@
 # tests      the test suite with compiled kernels, nothing interpreted
 # sanitize   compute-sanitizer over every kernel configuration (SANITIZE_TOOLS picks tools)
 # bits       the same bits in 100 runs of every kernel configuration
-# bench      the comparison and the row of 20 lengths, into bench/results/ (BENCH_ARGS adds options)
+# bench      log-probs against the trainers' losses, and the row of 20 lengths; into bench/results/
+# logits     logits and token log-probs against Liger's and TRL's kernels
+# linear     hidden states and head against every fused head (BENCH_ARGS adds options to these three)
+# step       one TRL training step, Qwen2.5-0.5B's and 1.5B's shape
 # profile    DRAM bytes of the kernels by ncu, where the machine lets ncu read counters
 #
 # Uses the python3 at hand when it has torch, triton and sees the GPU, else .venv, else makes it.
-# For TRL's and verl's losses without their requirements:
-#   pip install --no-deps --target .venv-peers trl==1.16.0 verl==0.9.1
+# For the peers without their requirements (what is missing is left out and said so):
+#   pip install --no-deps --target .venv-peers trl==1.16.0 verl==0.9.1 liger-kernel==0.8.5 \
+#       cut-cross-entropy==25.1.1
 # Exits 1 without a CUDA device or when a stage fails, 2 on a wrong argument.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(tests sanitize bits bench profile)
+STAGES=(tests sanitize bits bench logits linear step profile)
 for stage in "$@"; do
     if ! printf '%s\n' "${STAGES[@]}" | grep -qx -- "$stage"; then
         echo "ci/gpu.sh: unknown stage '$stage': choose from ${STAGES[*]}" >&2
@@ -89,14 +93,33 @@ run_bits() {
     "$PYTHON" ci/sanitize.py --repeat 100 2>&1 | tee "$stamp-bits.txt"
 }
 
-run_bench() {
-    local packages
-    packages="$("$PYTHON" -c 'from bench import peers; print(peers.versions())')" &&
-        echo "trainers' losses (a trainer that is not installed is left out): $packages"
+compare() { # suite
     # shellcheck disable=SC2086
-    "$PYTHON" -m bench.table --results "$RESULTS" --figure "$stamp.png" --markdown \
-        ${BENCH_ARGS:-} 2>&1 | tee "$stamp-bench.txt" || return 1
+    "$PYTHON" -m bench.table --suite "$1" --results "$RESULTS" --figure "$stamp-$1.png" \
+        --markdown ${BENCH_ARGS:-} 2>&1 | tee "$stamp-$1.txt"
+    return "${PIPESTATUS[0]}"
+}
+
+run_bench() {
+    compare log_probs || return 1
     "$PYTHON" -m pytest bench -q --benchmark-disable -k no_compile
+}
+
+run_logits() {
+    compare logits && compare token_log_probs
+}
+
+run_linear() {
+    compare linear && compare cross_entropy
+}
+
+run_step() {
+    local shape
+    for shape in 0.5b 1.5b; do
+        "$PYTHON" -m bench.train_step --shape "$shape" --results "$RESULTS" 2>&1 |
+            tee "$stamp-step-$shape.txt"
+        [ "${PIPESTATUS[0]}" -eq 0 ] || return 1
+    done
 }
 
 run_profile() {

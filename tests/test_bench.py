@@ -263,6 +263,23 @@ def test_a_tiny_run_of_another_suite(tmp_path, capsys) -> None:
     assert "TFLOP" in capsys.readouterr().out
 
 
+def test_a_tiny_training_step(tmp_path, capsys) -> None:
+    """TRL's trainer and ours, plain and fused, agree before they are timed; results are written."""
+    pytest.importorskip("trl")
+    from bench import train_step
+
+    path = train_step.main(
+        ["--tiny", "--device", "cpu", "--rounds", "1", "--results", str(tmp_path)]
+    )
+    data = json.loads(path.read_text())
+    assert [row["kind"] for row in data["rows"]] == list(train_step.KINDS)
+    for row in data["rows"]:
+        assert row["loss"] == pytest.approx(data["rows"][0]["loss"], rel=1e-4, abs=1e-6)
+        assert row["gradient_norm"] == pytest.approx(data["rows"][0]["gradient_norm"], rel=1e-4)
+        assert row["tokens_per_s"] > 0 and row["peak_bytes"] > 0
+    assert "dl_norm fused" in capsys.readouterr().out
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SystemExit, match=r"unknown .*'no such'"):
         table.main(["--tiny", "--contestants", "no such"])
