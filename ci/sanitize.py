@@ -8,6 +8,7 @@ python ci/sanitize.py --list          the names of the configurations
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import dl_norm  # noqa: E402
+from ci import sanitize_heads  # noqa: E402
 
 LENGTHS = (37, 0, 64, 1, 23)
 # T past a tile of 1024 and 2048 tokens and odd; T a multiple of 16; T = 1.
@@ -143,18 +145,23 @@ def same_bits(first: list[Tensor], other: list[Tensor]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--limit", type=int, help="only the first so many configurations")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    chosen = list(itertools.islice(configurations(), options.limit))
+    every = itertools.chain(
+        ((name, functools.partial(launch, **one)) for name, one in configurations()),
+        sanitize_heads.configurations(),
+    )
+    chosen = [(name, run) for name, run in every if options.only in name][: options.limit]
     if options.list:
         print("\n".join(name for name, _ in chosen))
         return 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     changed = []
-    for name, configuration in chosen:
-        first = launch(**configuration, device=device)
-        again = (launch(**configuration, device=device) for _ in range(options.repeat - 1))
+    for name, run in chosen:
+        first = run(device=device)
+        again = (run(device=device) for _ in range(options.repeat - 1))
         if not all(same_bits(first, other) for other in again):
             changed.append(name)
     if device.type == "cuda":
