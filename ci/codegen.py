@@ -51,6 +51,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "policy_loss_bwd_kernel"
+SEQUENCE = "policy_loss_sequence_kernel"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Case:
     ref: bool = False
     advantages: str = "sequence"
     rollout: str | None = None
+    entropy_mask: str | None = None  # dtype
+    sequence_mask: bool = False
+    level: str = "token"
+    surrogate: str = "clip"
+    corrected: bool = False  # the bias-corrected KL
     grad: bool = True
     metrics: bool = False
     out: str | None = None  # dtype that the backward kernel writes
@@ -75,8 +81,13 @@ class Case:
 # Every flag of the forward kernel alone on the plain padded case, every value of a flag with more
 # than two, the two layouts and the three dtypes with each other, what the trainers pass, and the
 # union of all flags, where register pressure is highest. Flags act on separate loads, so pairs
-# that are not listed add nothing that the union does not hold.
+# that are not listed add nothing that the union does not hold. Of the variants likewise: each
+# alone, and their union with all flags for each surrogate.
 _EVERYTHING = {"ref": True, "advantages": "token", "rollout": "token", "metrics": True}
+_VARIANTS = {
+    **_EVERYTHING, "entropy_mask": "bool", "sequence_mask": True, "level": "sequence",
+    "surrogate": "sapo", "corrected": True,
+}  # fmt: skip
 CASES = (
     Case("padded"),
     Case("packed", packed=True, mask=None),
@@ -108,6 +119,28 @@ CASES = (
     Case("bf16 strided", dtype="bfloat16", strided=True),
     Case("fp16", dtype="float16"),
     Case("fp16 packed, everything", dtype="float16", packed=True, **_EVERYTHING),
+    Case("sequence ratio", level="sequence"),
+    Case("sequence ratio, token advantages", level="sequence", advantages="token"),
+    Case("packed, sequence ratio", level="sequence", packed=True, mask=None),
+    Case("CISPO", surrogate="cispo"),
+    Case("CISPO, no old", surrogate="cispo", old=False),
+    Case("SAPO", surrogate="sapo"),
+    Case("corrected KL", ref=True, corrected=True),
+    Case("entropy mask", entropy_mask="bool"),
+    Case("sequence mask", sequence_mask=True),
+    Case("variants", **_VARIANTS),
+    Case("CISPO, variants", **{**_VARIANTS, "surrogate": "cispo"}),
+    Case("packed, variants", packed=True, **_VARIANTS),
+    Case("strided, variants", strided=True, **_VARIANTS),
+    Case("bf16 variants", dtype="bfloat16", **_VARIANTS),
+    Case("bf16 CISPO, variants", dtype="bfloat16", **{**_VARIANTS, "surrogate": "cispo"}),
+    Case("mean of a sequence", kernel=SEQUENCE, level="sequence_token"),
+    Case("mean of a sequence, packed", kernel=SEQUENCE, level="sequence", packed=True, mask=None),
+    Case("mean of a sequence, variants", kernel=SEQUENCE, **_VARIANTS),
+    Case("mean of a sequence, no old", kernel=SEQUENCE, old=False, **_VARIANTS),
+    Case("mean of a sequence, clip", kernel=SEQUENCE, **{**_VARIANTS, "surrogate": "clip"}),
+    Case("mean of a sequence, CISPO", kernel=SEQUENCE, **{**_VARIANTS, "surrogate": "cispo"}),
+    Case("mean of a sequence, bf16", kernel=SEQUENCE, dtype="bfloat16", packed=True, **_VARIANTS),
     Case("sum of the loss", kernel=REDUCE),
     Case("sum of loss and metrics", kernel=REDUCE, metrics=True),
     Case("in place float32", kernel=BWD, out="float32"),
@@ -188,9 +221,19 @@ def launch_case(case: Case, batch: int = 3, length: int = 20, **options: Any) ->
         tensor((batch + 1,), "int64") if case.packed else None,
         tokens(case.dtype) if case.ref else None,
         per[case.rollout]() if case.rollout else None,
-        PolicyLossOptions(**{"beta": 0.04 if case.ref else 0.0, **options}),
+        PolicyLossOptions(
+            **{
+                "beta": 0.04 if case.ref else 0.0,
+                "ratio_level": case.level,
+                "surrogate": case.surrogate,
+                "bias_corrected_kl": case.corrected,
+                **options,
+            }
+        ),
         case.grad,
         case.metrics,
+        tokens(case.entropy_mask) if case.entropy_mask else None,
+        tensor((batch,), "bool") if case.sequence_mask else None,
     )
 
 
@@ -294,12 +337,16 @@ SIZES = (
     (1, 1), (1, 16), (16, 1), (3, 17), (64, 1023), (64, 1024), (1024, 8192), (1, 1_000_000),
     (2, 2**31 + 1), (2**16, 2**16),
 )  # fmt: skip
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"eps_low": 0.0, "eps_high": 1.0},
-    {"eps_high": 0.28, "dual_clip": 3.0},
-    {"delta": 4.0, "log_ratio_clamp": None, "beta": 1.0},
-)
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "clip": (
+        {},
+        {"eps_low": 0.0, "eps_high": 1.0},
+        {"eps_high": 0.28, "dual_clip": 3.0},
+        {"delta": 4.0, "log_ratio_clamp": None, "beta": 1.0},
+    ),
+    "cispo": ({}, {"eps_low": 1.0, "eps_high": 4.0}, {"log_ratio_clamp": None, "beta": 1.0}),
+    "sapo": ({}, {"sapo_temperature_pos": 2.0}, {"sapo_temperature_neg": 1.0, "beta": 1.0}),
+}
 
 
 def count_keys(arch: str) -> dict[str, int]:
@@ -313,8 +360,8 @@ def count_keys(arch: str) -> dict[str, int]:
         with recorded(TARGETS[arch]) as launches:
             for batch, length in SIZES:
                 launch_case(case, batch, length)
-            if case.kernel == FWD:
-                for options in OPTIONS:
+            if case.kernel in (FWD, SEQUENCE):
+                for options in OPTIONS[case.surrogate]:
                     launch_case(case, **options)
         counts[case.name] = _most_keys(launches, case.kernel)
     return counts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,29 +10,9 @@ from rich.table import Table
 from torch import Tensor
 
 import dl_norm
+from dl_norm.theory import aggregation_statistics
 
 LABELS = {"delta_l": "DeltaL", "grpo": "GRPO", "dapo": "DAPO", "dr_grpo": "Dr. GRPO"}
-
-
-@dataclass(frozen=True)
-class AggregationStatistics:
-    """Statistics of the batch gradient sum_i x_i g_i in units of the true gradient."""
-
-    expectation: float  # E / grad J
-    variance: float  # Var / V
-    cv: float  # CV * |grad J| / sqrt(V)
-
-
-def aggregation_statistics(weights: Tensor, lengths: Tensor) -> AggregationStatistics:
-    """How biased and how noisy the gradient is that weights x_i give to sequences of lengths L_i.
-
-    With the model of arXiv:2509.07558, E[g_i] = grad J and Var(g_i) = V L_i, independent:
-    E = sum_i x_i, Var = sum_i x_i^2 L_i, CV = sqrt(Var) / E.
-    """
-    weights, lengths = weights.double(), lengths.double()
-    expectation = weights.sum().item()
-    variance = (weights.square() * lengths).sum().item()
-    return AggregationStatistics(expectation, variance, math.sqrt(variance) / expectation)
 
 
 def method_weights(lengths: Tensor, max_length: int, alpha: float) -> dict[str, Tensor]:
@@ -49,7 +27,10 @@ def method_weights(lengths: Tensor, max_length: int, alpha: float) -> dict[str, 
 
 
 def aggregation_table(weights: dict[str, Tensor], lengths: Tensor, max_length: int) -> Table:
-    """Bias and coefficient of variation of each method for the observed lengths."""
+    """Bias and coefficient of variation of each method for the observed lengths.
+
+    The paper's model: Var(g_i) = V L_i.
+    """
     table = Table(
         title=f"Gradient of the batch: {lengths.numel()} sequences of {int(lengths.min())} to "
         f"{int(lengths.max())} tokens, M = {max_length}",
@@ -57,7 +38,8 @@ def aggregation_table(weights: dict[str, Tensor], lengths: Tensor, max_length: i
     )
     for heading in ("method", "E / grad J", "M E / grad J", "CV |grad J| / sqrt(V)", "vs best"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    rows = {name: aggregation_statistics(x, lengths) for name, x in weights.items()}
+    lengths = lengths.cpu()
+    rows = {name: aggregation_statistics(x.cpu(), lengths) for name, x in weights.items()}
     best = min(row.cv for row in rows.values())
     for name, row in rows.items():
         scaled = row.expectation * max_length

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ci/env.sh
 ensure_env "dev,quickstart"
 bash ci/verl_env.sh
+bash ci/trainers_env.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pyright

@@ -4,9 +4,9 @@
 #   bash ci/verl_env.sh            makes it, or does nothing when it is already there
 #   PYTHON=... bash ci/verl_env.sh over another environment than .venv
 #
-# verl pins an older transformers and pulls dozens of packages. Its loss needs none of that, so verl
-# goes in without its requirements, together with only the packages that importing
-# verl.trainer.ppo.core_algos asks for; torch, numpy and transformers come from the environment below.
+# verl pins an older transformers and pulls dozens of packages. Its losses and its FSDP engine need
+# none of that, so verl goes in without its requirements, together with only the packages that
+# importing those two asks for; torch, numpy and transformers come from the environment below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +17,7 @@ PACKAGES=(
     ray==2.60.0 msgpack protobuf jsonschema jsonschema-specifications attrs referencing rpds-py
     tensordict==0.10.0 pyvers cloudpickle orjson
     hydra-core==1.3.2 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
-    codetiming
+    codetiming peft==0.21.2
 )
 
 base="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
@@ -36,6 +36,7 @@ echo "import site; site.addsitedir('$base')" > "$own/project.pth"
     --no-deps --no-compile "${PACKAGES[@]}"
 # verl's wheel also ships its own test suite and scripts as top-level packages.
 rm -rf "$own/tests" "$own/scripts"
-"$ENV/bin/python" -c 'import verl.trainer.ppo.core_algos'
+VERL_LOGGING_LEVEL=ERROR "$ENV/bin/python" -W ignore -c \
+    'import verl.trainer.ppo.core_algos, verl.workers.engine.fsdp.transformer_impl'
 echo "$recipe" > "$ENV/recipe"
 echo "verl environment: $ENV is ready"

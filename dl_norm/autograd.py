@@ -15,6 +15,8 @@ from .options import PolicyLossOptions
 Constants = tuple[
     Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None
 ]
+# entropy_mask, sequence_mask
+PolicyMasks = tuple[Tensor | None, Tensor | None]
 
 
 def _launch(*args) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,20 +41,30 @@ def _policy_loss_op(
     delta: float | None,
     log_ratio_clamp: float | None,
     beta: float,
+    ratio_level: str,
+    surrogate: str,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+    bias_corrected_kl: bool,
     write_grad: bool,
     metrics: bool,
+    entropy_mask: Tensor | None,
+    sequence_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels as one opaque operator, so that torch.compile need not trace the launch."""
-    options = PolicyLossOptions(eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta)
+    options = PolicyLossOptions(
+        eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta, ratio_level, surrogate,
+        sapo_temperature_pos, sapo_temperature_neg, bias_corrected_kl,
+    )  # fmt: skip
     return _launch(
         log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights, options, write_grad, metrics,
+        rollout_weights, options, write_grad, metrics, entropy_mask, sequence_mask,
     )  # fmt: skip
 
 
 @_policy_loss_op.register_fake
 def _(log_probs, *args):
-    write_grad, metrics = args[-2:]
+    write_grad, metrics, _, _ = args[-4:]
     grad_dtype = torch.float32 if log_probs.dtype == torch.float16 else log_probs.dtype
     return (
         log_probs.new_empty((), dtype=torch.float32),
@@ -73,15 +85,15 @@ class PolicyLossFunction(torch.autograd.Function):
         impl: str,
         write_grad: bool,
         metrics: bool,
+        masks: PolicyMasks,
     ) -> tuple[Tensor, Tensor]:
+        flags = write_grad, metrics
         if impl == "torch":
-            outputs = closed_form.policy_loss_fwd(
-                log_probs, *constants, options, write_grad, metrics
-            )
+            outputs = closed_form.policy_loss_fwd(log_probs, *constants, options, *flags, *masks)
         elif torch.compiler.is_compiling():
-            outputs = _policy_loss_op(log_probs, *constants, *astuple(options), write_grad, metrics)
+            outputs = _policy_loss_op(log_probs, *constants, *astuple(options), *flags, *masks)
         else:
-            outputs = _launch(log_probs, *constants, options, write_grad, metrics)
+            outputs = _launch(log_probs, *constants, options, *flags, *masks)
         loss, grad, sums = outputs
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(sums)
@@ -113,4 +125,4 @@ class PolicyLossFunction(torch.autograd.Function):
                 )
             ctx.scaled = True
             grad = launch.policy_loss_bwd(grad, grad_loss, ctx.dtype)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None

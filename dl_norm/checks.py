@@ -34,6 +34,9 @@ def check_policy_loss_inputs(
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
     dtypes: tuple[torch.dtype, ...] = LOG_PROB_DTYPES,
+    *,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
 ) -> None:
     """Checks types, dtypes, devices and shapes of the tensors of a policy loss."""
     check_tensor("log_probs", log_probs, dtypes)
@@ -83,14 +86,29 @@ def check_policy_loss_inputs(
             if by_sequence:
                 expected.append(f"({'B' if cu_seqlens is None else 'G'},) = ({sequences},)")
             raise ValueError(f"{name} must be {' or '.join(expected)}, got {tuple(tensor.shape)}")
-    if mask is not None:
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-        if mask.is_complex():
-            raise TypeError(f"mask must be bool, integer or floating point, got {mask.dtype}")
-        _check_device("mask", mask, log_probs)
-        if mask.shape != shape:
-            raise ValueError(f"mask must be {tuple(shape)} like log_probs, got {tuple(mask.shape)}")
+    for name, tensor in (("mask", mask), ("entropy_mask", entropy_mask)):
+        if tensor is None:
+            continue
+        _check_mask(name, tensor, log_probs)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must be {tuple(shape)} like log_probs, got {tuple(tensor.shape)}"
+            )
+    if sequence_mask is not None:
+        _check_mask("sequence_mask", sequence_mask, log_probs)
+        if sequence_mask.shape != (sequences,):
+            raise ValueError(
+                f"sequence_mask must be ({'B' if cu_seqlens is None else 'G'},) = ({sequences},), "
+                f"got {tuple(sequence_mask.shape)}: a mask of tokens is an entropy_mask"
+            )
+
+
+def _check_mask(name: str, mask: Tensor, stream: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if mask.is_complex():
+        raise TypeError(f"{name} must be bool, integer or floating point, got {mask.dtype}")
+    _check_device(name, mask, stream)
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

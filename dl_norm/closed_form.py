@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checks import values_are_free
 from .options import PolicyLossOptions
+from .weights import sequence_lengths
 
 
 def policy_loss_fwd(
@@ -24,6 +25,8 @@ def policy_loss_fwd(
     options: PolicyLossOptions,
     write_grad: bool,
     metrics: bool,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the loss (0-dim float32), its gradient with respect to log_probs (float32, empty
     unless ``write_grad``) and the sums of PolicyLossMetrics (empty unless ``metrics``)."""
@@ -36,21 +39,44 @@ def policy_loss_fwd(
             return values[:, None]
         return values.repeat_interleave(cu_seqlens.diff(), output_size=log_probs.shape[0])
 
-    # Multiplying by the mask costs a quarter of filling, but a masked NaN survives it: look.
-    fill = mask is None or not values_are_free(log_probs)
-    arguments = (
-        log_probs, old_log_probs, advantages.float(), mask, weights, ref_log_probs,
-        rollout_weights, options, write_grad, spread,
-    )  # fmt: skip
-    loss, grad = _loss_and_grad(*arguments, fill)
-    if not (fill or math.isfinite(loss.item())):
-        loss, grad = _loss_and_grad(*arguments, True)
+    def means(values: Tensor) -> Tensor:
+        # Of what is 0 where a token does not count: one number a sequence, as spread gives it.
+        lengths = sequence_lengths(mask, cu_seqlens).clamp(min=1)
+        return spread((sequence_sums(values, cu_seqlens) / lengths).float())
+
+    def counted() -> Tensor:
+        return torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask != 0
+
+    log_ratio = None  # that of the sequence, where a token has not its own
+    if options.ratio_level != "token" and old_log_probs is not None:
+        difference = log_probs.float() - old_log_probs.float()
+        log_ratio = means(difference.masked_fill_(~counted(), 0.0))
+    inputs = log_probs, old_log_probs, advantages.float()
+    constants = weights, ref_log_probs, rollout_weights, options, write_grad, spread
+    if (
+        (options.surrogate, options.ratio_level) == ("clip", "token")
+        and not options.bias_corrected_kl
+        and entropy_mask is sequence_mask is None
+    ):
+        # Multiplying by the mask costs a quarter of filling, but a masked NaN survives it: look.
+        fill = mask is None or not values_are_free(log_probs)
+        loss, grad = _loss_and_grad(*inputs, mask, *constants, fill)
+        if not (fill or math.isfinite(loss.item())):
+            loss, grad = _loss_and_grad(*inputs, mask, *constants, True)
+    else:
+        counts = counted()
+        kept = counts
+        if entropy_mask is not None:
+            kept = kept & (entropy_mask != 0)
+        if sequence_mask is not None:
+            kept = kept & (spread(sequence_mask) != 0)
+        loss, grad = _variant_loss_and_grad(*inputs, log_ratio, counts, kept, *constants, means)
     sums = weights.new_empty(0)
     if metrics:
-        counted = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask != 0
         sums = _metric_sums(
-            log_probs, old_log_probs, spread(advantages), counted, ref_log_probs, options
-        )
+            log_probs, old_log_probs, log_ratio, spread(advantages), counted(), ref_log_probs,
+            options,
+        )  # fmt: skip
     return loss, grad, sums
 
 
@@ -79,8 +105,8 @@ def _loss_and_grad(
         if fill:
             ignored = mask == 0
         else:
-            counted = mask.to(torch.float32)
-            counted = counted if mask.dtype == torch.bool else counted.ne_(0)
+            # Never in place: a float32 mask is the caller's own tensor.
+            counted = (mask if mask.dtype == torch.bool else mask != 0).to(torch.float32)
 
     def drop_ignored_(values: Tensor) -> Tensor:
         if ignored is not None:
@@ -124,9 +150,95 @@ def _loss_and_grad(
     return terms.sum(), grad
 
 
+def _variant_loss_and_grad(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    log_ratio: Tensor | None,
+    counted: Tensor,
+    kept: Tensor,
+    weights: Tensor,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    options: PolicyLossOptions,
+    write_grad: bool,
+    spread: Callable[[Tensor], Tensor],
+    means: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The general case: any surrogate and ratio level. ``kept``: tokens with a policy term."""
+
+    def drop(values: Tensor, keep: Tensor = counted) -> Tensor:
+        return torch.where(keep, values, 0.0)
+
+    log_prob = drop(log_probs.float())
+    if old_log_probs is None:
+        log_ratio = torch.zeros_like(log_prob)
+    elif log_ratio is None:
+        log_ratio = log_prob - drop(old_log_probs.float())
+    bound = options.log_ratio_bound
+    inside = log_ratio.abs() <= bound
+    ratio = log_ratio.clamp(-bound, bound).exp()
+
+    # The surrogate as a factor of -A, and its derivative by the log of the ratio.
+    advantage = spread(advantages)
+    if options.surrogate == "sapo":
+        temperature = torch.full_like(advantage, options.sapo_temperature_neg)
+        temperature = temperature.masked_fill_(advantage > 0, options.sapo_temperature_pos)
+        logit = temperature * (ratio - 1.0)
+        gate = torch.sigmoid(logit)
+        value = gate * (4.0 / temperature)
+        slope = 4.0 * gate * torch.sigmoid(-logit) * ratio * inside
+    else:
+        negative = advantage < 0
+        low = torch.full_like(advantage, options.positive_low)
+        low = low.masked_fill_(negative, options.negative_low)
+        high = torch.full_like(advantage, options.positive_high)
+        high = high.masked_fill_(negative, options.negative_high)
+        value = torch.minimum(torch.maximum(ratio, low), high)
+        slope = value * (inside & (ratio == value))
+    coefficient = -advantage * spread(weights)
+    if rollout_weights is not None:
+        coefficient = coefficient * spread(rollout_weights.float())
+    constant = None  # what the gradient has without going through the ratio
+    if options.surrogate == "cispo":
+        constant, value = value, value * log_prob
+        slope = torch.zeros_like(constant)
+    terms = drop(value * coefficient, kept)
+    through_ratio = drop(slope * coefficient, kept)
+    direct = 0.0 if constant is None else drop(constant * coefficient, kept)
+
+    if options.beta and ref_log_probs is not None:
+        difference = drop(ref_log_probs.float()) - log_prob
+        exp_difference = difference.exp()
+        weight = spread(weights) * options.beta
+        kl = weight * (exp_difference - difference - 1.0)
+        kl_grad = weight * (1.0 - exp_difference)
+        if options.bias_corrected_kl:
+            kl, kl_grad = kl * ratio, kl_grad * ratio
+            through_ratio = through_ratio + drop(kl * inside)
+        terms = terms + drop(kl)
+        direct = direct + drop(kl_grad)
+    if not write_grad:
+        return terms.sum(), weights.new_empty(0)
+    if options.ratio_level == "sequence":
+        # A mean over the tokens: each of them moves it by 1/L.
+        through_ratio = drop(means(through_ratio))
+    return terms.sum(), through_ratio + direct
+
+
+def sequence_sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(G,) sums over the tokens, in float64 where the device has it."""
+    wide = values if values.device.type == "mps" else values.double()
+    if cu_seqlens is None:
+        return wide.sum(-1)
+    # The offsets are checked where that costs no sync; elsewhere the kernels answer with NaN.
+    return torch.segment_reduce(wide, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)
+
+
 def _metric_sums(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
+    log_ratio: Tensor | None,
     advantage: Tensor,
     counted: Tensor,
     ref_log_probs: Tensor | None,
@@ -145,7 +257,10 @@ def _metric_sums(
     def count(flags: Tensor, of: Tensor) -> Tensor:
         return flags.mul_(of).sum()
 
-    log_ratio = difference(log_probs, old_log_probs)
+    if log_ratio is None:
+        log_ratio = difference(log_probs, old_log_probs)
+    else:
+        log_ratio = torch.where(counted, log_ratio, 0.0)
     log_ratio = log_ratio.clamp_(-options.log_ratio_bound, options.log_ratio_bound)
     ratio = log_ratio.exp()
     ones = counted.float()
@@ -153,12 +268,16 @@ def _metric_sums(
     kl = ones.new_zeros(())
     if ref_log_probs is not None:
         ref_log_ratio = difference(ref_log_probs, log_probs)
-        kl = ref_log_ratio.exp().sub_(ref_log_ratio).sub_(1.0).sum()
+        kl = ref_log_ratio.exp().sub_(ref_log_ratio).sub_(1.0)
+        kl = (kl.mul_(ratio) if options.bias_corrected_kl else kl).sum()
+    clipped_low = count(ratio.clone().lt_(options.negative_low), negative)
+    if options.positive_low:
+        clipped_low += count(ratio.clone().lt_(options.positive_low), positive)
     # Comparisons in place give floats, which the CPU adds several times faster than bools.
     return torch.stack(
         [
             ones.sum(),
-            count(ratio.clone().lt_(options.negative_low), negative),
+            clipped_low,
             count(ratio.clone().gt_(options.positive_high), positive),
             count(ratio.clone().gt_(options.negative_high), negative),
             torch.mul(ratio, ones).sum(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .autograd import PolicyLossFunction
@@ -13,11 +14,99 @@ from .checks import (
     check_policy_loss_inputs,
     check_tensor,
 )
+from .group_sums import Group
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
 from .weights import sequence_lengths, sequence_weights
 
 IMPLEMENTATIONS = ("triton", "torch")
+
+
+@overload
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    ref_log_probs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    ratio_level: str = "token",
+    surrogate: str = "clip",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    bias_corrected_kl: bool = False,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
+    impl: str | None = None,
+    return_metrics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    ref_log_probs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    ratio_level: str = "token",
+    surrogate: str = "clip",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    bias_corrected_kl: bool = False,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
+    impl: str | None = None,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, PolicyLossMetrics]: ...
+
+
+@overload
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    ref_log_probs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_weights: Tensor | None = None,
+    ratio_level: str = "token",
+    surrogate: str = "clip",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    bias_corrected_kl: bool = False,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
+    impl: str | None = None,
+    return_metrics: bool,
+) -> Tensor | tuple[Tensor, PolicyLossMetrics]: ...
 
 
 def policy_loss(
@@ -36,13 +125,20 @@ def policy_loss(
     ref_log_probs: Tensor | None = None,
     beta: float = 0.0,
     rollout_weights: Tensor | None = None,
+    ratio_level: str = "token",
+    surrogate: str = "clip",
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    bias_corrected_kl: bool = False,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
     impl: str | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
-    r"""Clipped policy loss of a batch, or of any slice of one, under per-sequence weights.
+    r"""Policy loss of a batch, or of any slice of one, under per-sequence weights.
 
     .. math::
-        \sum_i x_i \sum_t m_{it} \left[ w_{it} \ell_{it}
+        \sum_i x_i \sum_t m_{it} \left[ e_{it} q_i w_{it} \ell_{it}
             + \beta (e^{d_{it}} - d_{it} - 1) \right], \qquad d = \log\pi_{ref} - \log\pi
 
     with the ratio r = exp(clamp(log_probs - old_log_probs, +-log_ratio_clamp)) and the token loss
@@ -74,6 +170,21 @@ def policy_loss(
             the metric ``kl_ref``.
         beta: coefficient of the k3 estimate of KL(policy || reference).
         rollout_weights: (G,) or one per token; multiplies the policy term, not the KL term.
+        ratio_level: "token", or the ratio of the whole sequence for each of its tokens:
+            r = exp(clamp(mean over the sequence's tokens of log_probs - old_log_probs)).
+            "sequence" is GSPO: every log-prob changes that mean. "sequence_token" has the same
+            value and the gradient of a token through its own log-prob alone; the two differ only
+            where the terms of a sequence's tokens do. A sequence must not be cut.
+        surrogate: "clip", the token loss above; "cispo", -sg(clip(r, 1 - eps_low, 1 + eps_high))
+            A log_probs, where sg has no gradient and the clip is that of either sign of A (1 -
+            eps_low = 0 leaves no lower bound; eps_high may be negative); or "sapo",
+            -(4 / tau) sigmoid(tau (r - 1)) A without clips.
+        sapo_temperature_pos, sapo_temperature_neg: tau where A > 0 and elsewhere, for "sapo".
+        bias_corrected_kl: multiply the KL term by r before any clip, with the gradient of both.
+        entropy_mask: like ``mask``, e of the formula: the policy term of a token is dropped where
+            it is 0 and the KL term kept. Lengths and means do not change.
+        sequence_mask: (G,), q of the formula: likewise for whole sequences, for example
+            :func:`off_policy_sequence_mask`.
         impl: "triton", "torch", or None: Triton for a GPU tensor, else PyTorch. "triton" runs on
             the CPU when TRITON_INTERPRET=1 was set before this package was imported.
         return_metrics: also return :class:`PolicyLossMetrics`.
@@ -83,17 +194,23 @@ def policy_loss(
 
     Raises:
         TypeError, ValueError: for what cannot be honoured, saying what was expected. All tensors
-            but ``log_probs`` are constants: one that requires grad is refused.
+            but ``log_probs`` are constants: one that requires grad is refused. So is an option
+            that the chosen surrogate does not read.
         RuntimeError: on a second backward through one call of impl="triton", and on a second
             derivative.
 
     Source: PPO clip arXiv:1707.06347, asymmetric clip arXiv:2503.14476, dual clip
-    arXiv:1912.09729, k3 http://joschu.net/blog/kl-approx.html, weights arXiv:2509.07558.
+    arXiv:1912.09729, k3 http://joschu.net/blog/kl-approx.html, weights arXiv:2509.07558, GSPO
+    arXiv:2507.18071, CISPO arXiv:2506.13585, SAPO arXiv:2511.20347, entropy mask arXiv:2506.01939,
+    KL correction and sequence mask arXiv:2512.02556.
     """
-    options = PolicyLossOptions(eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta)
+    options = PolicyLossOptions(
+        eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta, ratio_level, surrogate,
+        sapo_temperature_pos, sapo_temperature_neg, bias_corrected_kl,
+    )  # fmt: skip
     check_policy_loss_inputs(
         log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights,
+        rollout_weights, entropy_mask=entropy_mask, sequence_mask=sequence_mask,
     )  # fmt: skip
     if beta and ref_log_probs is None:
         raise ValueError(f"beta = {beta} needs ref_log_probs, the reference policy's log-probs")
@@ -105,8 +222,9 @@ def policy_loss(
     )  # fmt: skip
     write_grad = torch.is_grad_enabled() and log_probs.requires_grad
     loss, sums = PolicyLossFunction.apply(
-        log_probs, constants, options, _choose(impl, log_probs), write_grad, return_metrics
-    )
+        log_probs, constants, options, _choose(impl, log_probs), write_grad, return_metrics,
+        (entropy_mask, sequence_mask),
+    )  # fmt: skip
     if return_metrics:
         return loss, PolicyLossMetrics.from_sums(sums, weights)
     return loss
@@ -120,7 +238,7 @@ def delta_l_loss(
     *,
     alpha: float,
     max_length: int,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
     cu_seqlens: Tensor | None = None,
     **options,
 ) -> Tensor | tuple[Tensor, PolicyLossMetrics]:

@@ -19,6 +19,7 @@ from .kernels.policy_loss import (
     policy_loss_fwd_kernel,
     policy_loss_fwd_strided_kernel,
     policy_loss_reduce_kernel,
+    policy_loss_sequence_kernel,
 )
 from .metrics import NUM_METRIC_SUMS
 from .options import PolicyLossOptions
@@ -61,8 +62,11 @@ def policy_loss_fwd(
     options: PolicyLossOptions,
     write_grad: bool,
     metrics: bool,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches: the loss and gradient of every tile, then the sum of their partial results.
+    A ratio of the whole sequence takes a launch before them, one program a sequence.
 
     Returns what :func:`dl_norm.closed_form.policy_loss_fwd` returns, except that the gradient of
     float16 log-probs is kept in float32 until it is scaled: DeltaL weights underflow in float16.
@@ -88,6 +92,7 @@ def policy_loss_fwd(
         advantages if token_advantages else None,
         mask,
         rollout_weights if token_rollout else None,
+        entropy_mask,
     )
     strided = not all(stream is None or _is_vectorisable(stream) for stream in streams)
     strides = [stride for stream in streams for stride in _strides(stream)]
@@ -98,38 +103,88 @@ def policy_loss_fwd(
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere, but
     # aligned like the rest, as alignment is part of what a kernel is compiled for.
     unread = partials
-    kernel = policy_loss_fwd_strided_kernel if strided else policy_loss_fwd_kernel
+
+    def given(tensor: Tensor | None) -> Tensor:
+        return unread if tensor is None else tensor
+
+    bias_corrected_kl = options.bias_corrected_kl and ref_log_probs is not None
+    sequence_ratio = options.ratio_level != "token" and old_log_probs is not None
+    # Where the terms of a sequence's tokens differ, the derivative through its ratio is their mean;
+    # elsewhere that mean is every token's own.
+    corrected = bias_corrected_kl and options.beta > 0
+    uneven = token_advantages or token_rollout or entropy_mask is not None
+    mean_grad = (
+        write_grad
+        and options.ratio_level == "sequence"
+        and (corrected or (uneven and options.surrogate != "cispo"))
+    )
+    flags = dict(
+        PACKED=packed,
+        HAS_OLD=old_log_probs is not None,
+        HAS_MASK=mask is not None,
+        TOKEN_ADVANTAGES=token_advantages,
+        HAS_ROLLOUT=rollout_weights is not None,
+        TOKEN_ROLLOUT=token_rollout,
+        HAS_ENTROPY_MASK=entropy_mask is not None,
+        HAS_SEQUENCE_MASK=sequence_mask is not None,
+        MEAN_GRAD=mean_grad,
+        CISPO=options.surrogate == "cispo",
+        SAPO=options.surrogate == "sapo",
+    )
+    settings = (
+        options.positive_high, options.negative_low, options.negative_high,
+        options.sapo_temperature_pos, options.sapo_temperature_neg, options.log_ratio_bound,
+        options.beta,
+    )  # fmt: skip
+    tensors = (
+        log_probs,
+        given(old_log_probs),
+        given(ref_log_probs),
+        advantages if token_advantages else _aligned(advantages),
+        given(mask),
+        unread
+        if rollout_weights is None
+        else (rollout_weights if token_rollout else _aligned(rollout_weights)),
+        given(entropy_mask),
+        unread if sequence_mask is None else sequence_mask.contiguous(),
+        unread if cu_seqlens is None else cu_seqlens.contiguous(),
+    )
+    length = tokens if packed else log_probs.shape[1]
+    means = ratio_grads = unread
     with torch.accelerator.device_index(device.index):
+        if sequence_ratio or mean_grad:
+            means, ratio_grads = torch.empty((2, sequences), dtype=torch.float32, device=device)
+            policy_loss_sequence_kernel[(sequences,)](
+                *tensors,
+                means,
+                ratio_grads,
+                tokens,
+                length,
+                *strides,
+                *settings,
+                **flags,
+                BIAS_CORRECTED_KL=corrected,
+                BLOCK=2048,
+                num_warps=config.num_warps,
+            )
+        kernel = policy_loss_fwd_strided_kernel if strided else policy_loss_fwd_kernel
         kernel[(programs,)](
-            log_probs,
-            unread if old_log_probs is None else old_log_probs,
-            unread if ref_log_probs is None else ref_log_probs,
-            advantages if token_advantages else _aligned(advantages),
-            unread if mask is None else mask,
+            *tensors,
+            means,
+            ratio_grads,
             weights.contiguous(),
-            unread
-            if rollout_weights is None
-            else (rollout_weights if token_rollout else _aligned(rollout_weights)),
-            unread if cu_seqlens is None else cu_seqlens.contiguous(),
             grad,
             partials,
             tokens,
-            tokens if packed else log_probs.shape[1],
+            length,
             sequences,
             *strides,
-            options.positive_high,
-            options.negative_low,
-            options.negative_high,
-            options.log_ratio_bound,
-            options.beta,
-            PACKED=packed,
+            *settings,
+            **flags,
             STRIDED=strided,
-            HAS_OLD=old_log_probs is not None,
             HAS_REF=ref_log_probs is not None,
-            HAS_MASK=mask is not None,
-            TOKEN_ADVANTAGES=token_advantages,
-            HAS_ROLLOUT=rollout_weights is not None,
-            TOKEN_ROLLOUT=token_rollout,
+            SEQUENCE_RATIO=sequence_ratio,
+            BIAS_CORRECTED_KL=bias_corrected_kl,
             WRITE_GRAD=write_grad,
             METRICS=metrics,
             BLOCK=config.block,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import logits_closed_form
-from .checks import LOG_PROB_DTYPES, check_number, check_policy_loss_inputs, values_are_free
+from .checks import LOG_PROB_DTYPES, check_number, check_policy_loss_inputs
 from .functional import _choose
-from .logits_closed_form import RowOutputs, RowSettings
+from .logits_closed_form import RowSettings
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
+from .row_autograd import LogitsPolicyLossFunction
 from .token_rows import TokenRows, check_token_ids, policy_loss_rows
 
 
@@ -32,8 +30,6 @@ class PolicyLossOutputs:
     metrics: PolicyLossMetrics | None = None
 
 
-# torch.compile breaks its graph here and calls the function as it is.
-@torch.compiler.disable
 def logits_policy_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -45,18 +41,15 @@ def logits_policy_loss(
     cu_seqlens: Tensor | None = None,
     temperature: float = 1.0,
     in_place: bool = False,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float | None = None,
-    delta: float | None = None,
-    log_ratio_clamp: float | None = 20.0,
     ref_log_probs: Tensor | None = None,
-    beta: float = 0.0,
     rollout_weights: Tensor | None = None,
+    entropy_mask: Tensor | None = None,
+    sequence_mask: Tensor | None = None,
     impl: str | None = None,
     entropy: bool = False,
     return_log_probs: bool = False,
     return_metrics: bool = False,
+    **options,
 ) -> Tensor | tuple[Tensor, PolicyLossOutputs]:
     r""":func:`dl_norm.policy_loss` of log_probs = log_softmax(logits / temperature)[token_ids].
 
@@ -71,18 +64,25 @@ def logits_policy_loss(
             strides: ``logits[:, :-1]`` is not copied. Arithmetic is float32.
         token_ids: (B, T) or (N,), int64 or int32, in [0, V) where mask != 0. On a GPU the loss is
             NaN if one is not.
-        old_log_probs, advantages, mask, weights, cu_seqlens: as for :func:`dl_norm.policy_loss`,
-            and so are the other options.
+        old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs, rollout_weights,
+            entropy_mask, sequence_mask: as for :func:`dl_norm.policy_loss`.
         temperature: > 0, of the policy that sampled.
         in_place: write the gradient over ``logits``, so that there is no second (B, T, V) buffer.
             The logits are lost to the caller. They must be contiguous and not a leaf that
             requires a gradient, and another operation that keeps them for its own backward pass
-            raises there. Without a gradient to compute nothing is written.
+            raises there. Without a gradient to compute nothing is written. Not under
+            torch.compile, which plans its memory itself.
         entropy, return_log_probs, return_metrics: also return :class:`PolicyLossOutputs`, from the
             same pass.
+        impl: as for :func:`dl_norm.policy_loss`. "triton" makes no host sync on a GPU; "torch"
+            counts the tokens on the host.
+        **options: every other option of :func:`dl_norm.policy_loss`: eps_low, eps_high, dual_clip,
+            delta, log_ratio_clamp, beta, surrogate and what belongs to it, bias_corrected_kl. A
+            ``ratio_level`` other than "token" needs the log-probs of a whole sequence before its
+            first gradient, and is refused.
 
     Returns:
-        A 0-dim float32 loss, or (loss, PolicyLossOutputs). No host sync on a GPU.
+        A 0-dim float32 loss, or (loss, PolicyLossOutputs).
 
     Raises:
         TypeError, ValueError: for what cannot be honoured, saying what was expected.
@@ -91,28 +91,43 @@ def logits_policy_loss(
 
     Source: as :func:`dl_norm.policy_loss`; online softmax arXiv:1805.02867.
     """
-    options = PolicyLossOptions(eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta)
+    settings = row_settings(
+        temperature, None, token_options("logits_policy_loss", options), return_metrics, entropy
+    )
     check_logits("logits", logits, "V")
     returns = entropy or return_log_probs or return_metrics
     rows = check_and_flatten(
         logits, token_ids, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights, logits.shape[-1], options, returns, return_metrics,
+        rollout_weights, entropy_mask, sequence_mask, logits.shape[-1], settings, returns,
     )  # fmt: skip
-    settings = row_settings(temperature, None, options, return_metrics, entropy)
     write_grad = torch.is_grad_enabled() and logits.requires_grad
     if in_place and write_grad:
         _check_in_place(logits)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     outputs = LogitsPolicyLossFunction.apply(
-        logits, rows, settings, _choose(impl, logits), in_place, write_grad
+        logits, settings, _choose(impl, logits), in_place, write_grad, *vars(rows).values()
     )
     return with_outputs(outputs, token_ids.shape, weights, settings, returns)
+
+
+def token_options(name: str, options: dict) -> PolicyLossOptions:
+    """The options of ``name``, a loss that has one token in hand at a time."""
+    checked = PolicyLossOptions(**options)
+    if checked.ratio_level != "token":
+        raise ValueError(
+            f"{name} has ratio_level='token' alone, got {checked.ratio_level!r}: the ratio of a "
+            "sequence needs all its log-probs before the first gradient. Compute log-probs with a "
+            "gradient and pass them to policy_loss"
+        )
+    return checked
 
 
 def check_logits(name: str, tensor: Tensor, size: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise ValueError(f"{name} is a DTensor: pass the tokens of this rank, {name}.to_local()")
     if tensor.dtype not in LOG_PROB_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16; got {tensor.dtype}: use .float()"
@@ -122,6 +137,10 @@ def check_logits(name: str, tensor: Tensor, size: str) -> None:
             f"{name} must be (B, T, {size}), or packed (N, {size}), with {size} > 0; got "
             f"{tuple(tensor.shape)}"
         )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # an import of DTensor would cost everyone
 
 
 def check_and_flatten(
@@ -134,28 +153,28 @@ def check_and_flatten(
     cu_seqlens: Tensor | None,
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
+    entropy_mask: Tensor | None,
+    sequence_mask: Tensor | None,
     vocabulary: int,
-    options: PolicyLossOptions,
+    settings: RowSettings,
     returns: bool,
-    metrics: bool,
 ) -> TokenRows:
     """Checks the tensors that have one entry a token or a sequence, and makes rows of them."""
     like_log_probs = logits_or_hidden.detach()[..., 0]
     check_policy_loss_inputs(
         like_log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights,
+        rollout_weights, entropy_mask=entropy_mask, sequence_mask=sequence_mask,
     )  # fmt: skip
     check_token_ids(token_ids, mask, like_log_probs, vocabulary)
-    if options.beta and ref_log_probs is None:
-        raise ValueError(
-            f"beta = {options.beta} needs ref_log_probs, the reference policy's log-probs"
-        )
-    if not (options.beta or metrics):
+    beta = 0.0 if settings.options is None else settings.options.beta
+    if beta and ref_log_probs is None:
+        raise ValueError(f"beta = {beta} needs ref_log_probs, the reference policy's log-probs")
+    if not (beta or settings.metrics):
         ref_log_probs = None  # multiplied by zero: not read
     skip_zero_advantages = not returns and ref_log_probs is None
     return policy_loss_rows(
         token_ids, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights, skip_zero_advantages,
+        rollout_weights, entropy_mask, sequence_mask, skip_zero_advantages,
     )  # fmt: skip
 
 
@@ -191,54 +210,12 @@ def with_outputs(
     )
 
 
-def implementation(impl: str) -> ModuleType:
-    """The module whose ``logits_pass`` and ``reduce_partials`` do the work."""
-    if impl == "torch":
-        return logits_closed_form
-    from . import logits_launch  # needs Triton, which the "torch" implementation does not
-
-    return logits_launch
-
-
-def half_scale(rows: TokenRows, dtype: torch.dtype) -> tuple[TokenRows, Tensor | None]:
-    """DeltaL weights underflow in float16: there a power of two brings the largest weight to
-    about 1, and backward takes it out again in float32."""
-    if dtype != torch.float16 or rows.count == 0 or rows.weights is None:
-        return rows, None
-    _, exponent = torch.frexp(rows.weights.nan_to_num(0.0).amax())
-    scale = torch.ldexp(rows.weights.new_ones(()), -exponent)
-    fields = {**vars(rows), "weights": rows.weights * scale}
-    return TokenRows(**fields), scale
-
-
-def scale_grad(
-    grad: Tensor, grad_output: Tensor, half: Tensor | None, dtype: torch.dtype, impl: str
-) -> Tensor:
-    """grad * grad_output in ``dtype``, in place where that is the dtype of ``grad``."""
-    if half is not None:
-        grad_output = grad_output / half
-    if impl == "triton":
-        from . import launch
-
-        return launch.policy_loss_bwd(grad, grad_output, dtype)
-    if values_are_free(grad_output) and bool(grad_output == 1):
-        return grad.to(dtype)
-    if half is None and grad.dtype == dtype:
-        return grad.mul_(grad_output)
-    # As a (1,) tensor grad_output is not rounded to float16 first.
-    return (grad * grad_output.view(1)).to(dtype)
-
-
-def check_first_backward(ctx, name: str) -> None:
-    if ctx.scaled:
-        raise RuntimeError(
-            f"{name}: backward ran a second time, but the first run scaled the stored gradient in "
-            f"place. Call {name} again, or add the losses before one backward."
-        )
-    ctx.scaled = True
-
-
 def _check_in_place(logits: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "in_place=True is not available under torch.compile, which plans its memory itself: "
+            "pass in_place=False, or call logits_policy_loss outside the compiled function"
+        )
     if logits.is_leaf:
         raise ValueError(
             "in_place=True would overwrite logits that are a leaf requiring grad: pass the output "
@@ -250,53 +227,3 @@ def _check_in_place(logits: Tensor) -> None:
             f"strides {logits.stride()} and an offset of {logits.storage_offset()}: instead of "
             "slicing positions off give them mask 0, or pass in_place=False"
         )
-
-
-class LogitsPolicyLossFunction(torch.autograd.Function):
-    """Differentiable with respect to the logits alone."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx,
-        logits: Tensor,
-        rows: TokenRows,
-        settings: RowSettings,
-        impl: str,
-        in_place: bool,
-        write_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        module = implementation(impl)
-        rows, half = half_scale(rows, logits.dtype if write_grad else torch.float32)
-        grad = None
-        if write_grad:
-            grad = (
-                logits.detach()
-                if in_place
-                else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            )
-        outputs = RowOutputs.zeros(rows.count, settings, logits.device)
-        module.logits_pass(logits.detach(), grad, rows, 0, settings, outputs)
-        loss, sums = module.reduce_partials(outputs.partials)
-        if half is not None:
-            loss = loss / half
-        if grad is not None and in_place:
-            # So that autograd refuses a backward elsewhere that needs the logits as they were.
-            torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(grad, half)
-        ctx.impl = impl
-        ctx.scaled = False
-        entropy = loss.new_empty(0) if outputs.entropy is None else outputs.entropy
-        ctx.mark_non_differentiable(outputs.log_probs, entropy, sums)
-        ctx.set_materialize_grads(False)
-        return loss, outputs.log_probs, entropy, sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_loss = grad_outputs[0]  # the other outputs have no gradient
-        if grad_loss is None:
-            return None, None, None, None, None, None
-        check_first_backward(ctx, "logits_policy_loss")
-        grad, half = ctx.saved_tensors
-        grad = scale_grad(grad, grad_loss, half, grad.dtype, ctx.impl)
-        return grad, None, None, None, None, None

@@ -13,7 +13,8 @@ from .options import PolicyLossOptions
 from .token_rows import TokenRows
 
 NUM_SUMS = 1 + NUM_METRIC_SUMS  # the loss first, as in kernels/policy_loss.py
-_BLOCK_ELEMENTS = 1 << 21  # of float32 scratch: 8 MB, small beside the logits, large beside a call
+# Logits that are worked on together, 4 MB: the passes over them run in a CPU's cache.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,36 +65,54 @@ def logits_pass(
     vocabulary = logits.shape[-1]
     row_length = logits.shape[-2]
     active = rows.active[first_row : first_row + logits.shape[:-1].numel()]
+    if logits.is_contiguous():
+        logits = logits.view(-1, vocabulary)
     if grad is not None:
-        grad = grad.view(active.shape[0], vocabulary)
+        grad = grad.view(-1, vocabulary)
         grad[~active] = 0.0
     indices = active.nonzero()[:, 0]
     if indices.shape[0] == 0:
         return
     for index in indices.split(max(1, _BLOCK_ELEMENTS // vocabulary)):
+        where = _slice_or_index(index)
         if logits.ndim == 2:
-            block = logits.index_select(0, index)
+            source = logits[where]
         else:
             # Not flattened: that would copy logits whose rows are not evenly spaced.
-            block = logits[index // row_length, index % row_length]
-        positions = index + first_row
-        block_grad = _block_pass(
-            block.float(), rows[positions], positions, settings, outputs, grad is not None
-        )
-        if grad is not None and block_grad is not None:
-            grad.index_copy_(0, index, block_grad.to(grad.dtype))
+            source = logits[index // row_length, index % row_length]
+        if grad is not None and grad.dtype == torch.float32 and isinstance(where, slice):
+            block = grad[where]  # works in the memory of the gradient
+            if block.data_ptr() != source.data_ptr():
+                block.copy_(source)
+            _block_pass(block, rows, _shift(where, first_row), settings, outputs, True)
+        else:
+            block = source.to(torch.float32, copy=True)
+            _block_pass(block, rows, _shift(where, first_row), settings, outputs, grad is not None)
+            if grad is not None:
+                grad[where] = block.to(grad.dtype)
+
+
+def _slice_or_index(index: Tensor) -> slice | Tensor:
+    """Rows without a gap as a slice, whose views cost nothing."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == index.shape[0] else index
+
+
+def _shift(where: slice | Tensor, by: int) -> slice | Tensor:
+    return slice(where.start + by, where.stop + by) if isinstance(where, slice) else where + by
 
 
 def _block_pass(
     logits: Tensor,
-    rows: TokenRows,
-    positions: Tensor,
+    all_rows: TokenRows,
+    where: slice | Tensor,
     settings: RowSettings,
     outputs: RowOutputs,
     write_grad: bool,
-) -> Tensor | None:
-    """As ``logits_pass`` for a few rows, all active; overwrites ``logits`` and returns the
-    gradient in it."""
+) -> None:
+    """As ``logits_pass`` for a few rows, all active; ``logits`` are float32 and end as their
+    gradient, or as scratch."""
+    rows = all_rows[where]
     inverse_temperature = 1.0 / settings.temperature
     slope = None
     if settings.softcap is not None:
@@ -102,21 +121,23 @@ def _block_pass(
             slope = 1.0 - logits.square()
         logits.mul_(settings.softcap)
     token_ids = rows.token_ids.long()[:, None]
-    logits.sub_(logits.amax(1, keepdim=True)).mul_(inverse_temperature)
+    logits.sub_(logits.amax(1, keepdim=True))
+    if inverse_temperature != 1.0:
+        logits.mul_(inverse_temperature)
     token_logits = logits.gather(1, token_ids)[:, 0]
-    if outputs.entropy is not None:
+    if outputs.entropy is None:
+        exp = logits.exp_()
+        total = exp.sum(1)
+    else:
         exp = logits.exp()
         total = exp.sum(1)
         # exp is 0 where the logit is -inf: 0 * -inf is NaN.
         mean = torch.where(exp > 0, logits.mul_(exp), 0.0).sum(1) / total
-        outputs.entropy[positions] = total.log() - mean
-    else:
-        exp = logits.exp_()
-        total = exp.sum(1)
+        outputs.entropy[where] = total.log() - mean
     log_probs = token_logits - total.log()
-    outputs.log_probs[positions] = log_probs
+    outputs.log_probs[where] = log_probs
     if settings.options is None or rows.advantages is None or rows.weights is None:
-        return None  # log-probs alone
+        return  # log-probs alone
 
     def column(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[:, None]
@@ -127,17 +148,17 @@ def _block_pass(
         column(rows.ref_log_probs), rows.rollout_weights, settings.options, write_grad,
         settings.metrics,
     )  # fmt: skip
-    outputs.partials[0, positions[0]] = loss
+    first = where.start if isinstance(where, slice) else where[0]
+    outputs.partials[0, first] = loss
     if settings.metrics:
-        outputs.partials[1:, positions[0]] = sums
+        outputs.partials[1:, first] = sums
     if not write_grad:
-        return None
+        return
     grad = grad.mul_(inverse_temperature)
-    out = exp.mul_(grad / -total[:, None])
-    out.scatter_add_(1, token_ids, grad)
+    torch.mul(exp, grad / -total[:, None], out=logits)
+    logits.scatter_add_(1, token_ids, grad)
     if slope is not None:
-        out.mul_(slope)
-    return out
+        logits.mul_(slope)
 
 
 def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,15 @@ class RowConfig:
 
 
 def row_config(itemsize: int, warp_size: int) -> RowConfig:
-    """16-byte vectors, 16 logits a thread: enough loads under way, no spills in 64 registers.
+    """Two 16-byte vectors a thread: enough loads under way, no spills in 64 registers.
 
     One program of 1024 threads fills a multiprocessor, so that the rows being worked on (one each)
     stay in the L2 cache between the two passes. At least one vector a thread: in place, no logit
-    may belong to two threads.
+    may belong to two threads. The same with and without a gradient: another order of summation
+    would give the log-probs other bits.
     """
-    threads, vector = 1024, 16 // itemsize
-    return RowConfig(threads * 16 // vector, vector, threads // warp_size)
+    threads = 1024
+    return RowConfig(2 * threads, 16 // itemsize, threads // warp_size)
 
 
 def logits_pass(
@@ -57,9 +58,16 @@ def logits_pass(
     programs = logits.numel() // max(1, vocabulary)
     if programs == 0:
         return
+    if grad is not None and not _alike(logits, grad):
+        logits = grad.copy_(logits)  # rows of odd length cut out of a larger tensor
+    base, offset = _aligned_base(logits)
     strides = (0, *logits.stride())[-3:]
     row_length = programs if logits.ndim == 2 else logits.shape[1]
-    config = row_config(logits.element_size(), _warp_size())
+    target = _target()
+    config = row_config(logits.element_size(), target.warp_size)
+    # Left alone, ptxas fits some kernels into 32 registers: a second program on a multiprocessor
+    # then drives the first one's row out of the cache, and some registers into memory.
+    limit = {"maxnreg": 64} if target.backend == "cuda" and grad is not None else {}
     options = settings.options or PolicyLossOptions()
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
     unread = outputs.log_probs
@@ -69,7 +77,7 @@ def logits_pass(
 
     with torch.accelerator.device_index(logits.device.index):
         logits_policy_loss_kernel[(programs,)](
-            logits,
+            base,
             rows.token_ids,
             rows.active,
             pointer(rows.old_log_probs),
@@ -81,6 +89,7 @@ def logits_pass(
             outputs.log_probs,
             pointer(outputs.entropy),
             outputs.partials,
+            offset,
             first_row,
             rows.count,
             row_length,
@@ -92,6 +101,8 @@ def logits_pass(
             options.positive_high,
             options.negative_low,
             options.negative_high,
+            options.sapo_temperature_pos,
+            options.sapo_temperature_neg,
             options.log_ratio_bound,
             options.beta,
             HAS_LOSS=settings.options is not None,
@@ -99,13 +110,16 @@ def logits_pass(
             HAS_REF=rows.ref_log_probs is not None,
             HAS_ROLLOUT=rows.rollout_weights is not None,
             HAS_SOFTCAP=settings.softcap is not None,
+            CISPO=options.surrogate == "cispo",
+            SAPO=options.surrogate == "sapo",
+            BIAS_CORRECTED_KL=options.bias_corrected_kl,
             WRITE_GRAD=grad is not None,
             WRITE_ENTROPY=settings.entropy,
             METRICS=settings.metrics,
-            ALIGNED_GRAD=grad is not None and _alike(logits, grad, config.vector),
             GROUPS=config.groups,
             VECTOR=config.vector,
             num_warps=config.num_warps,
+            **limit,
         )
 
 
@@ -123,14 +137,25 @@ def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     return loss, sums
 
 
-def _alike(logits: Tensor, grad: Tensor, vector: int) -> bool:
-    """Rows of ``grad`` start as far from a vector boundary as those of ``logits``, in elements."""
+def _aligned_base(logits: Tensor) -> tuple[Tensor, int]:
+    """A tensor that starts on a multiple of 16 bytes, and where in it the logits start."""
+    offset = logits.data_ptr() % 16 // logits.element_size()
+    if offset == 0:
+        return logits, 0
+    if offset > logits.storage_offset():  # memory that PyTorch did not allocate
+        return logits.clone(memory_format=torch.contiguous_format), 0
+    return logits.as_strided((1,), (1,), logits.storage_offset() - offset), offset
+
+
+def _alike(logits: Tensor, grad: Tensor) -> bool:
+    """Rows of ``grad``, contiguous, start as far from a vector boundary as those of ``logits``."""
+    vector = 16 // logits.element_size()
     shift = logits.data_ptr() // logits.element_size() - grad.data_ptr() // grad.element_size()
     lengths = () if logits.is_contiguous() else (logits.shape[-1], *logits.stride()[:-1])
     return all(length % vector == 0 for length in (shift, *lengths))
 
 
-def _warp_size() -> int:
+def _target() -> GPUTarget:
     if INTERPRETED:
-        return 32
-    return cast(GPUTarget, triton.runtime.driver.active.get_current_target()).warp_size
+        return GPUTarget("cpu", "", 32)
+    return cast(GPUTarget, triton.runtime.driver.active.get_current_target())

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .functional import _choose
-from .linear import autocast_head, check_head, linear_pass, make_plan
-from .logits import check_logits, implementation, row_settings
-from .logits_closed_form import RowOutputs
+from .linear import check_head, whole_head
+from .linear_chunks import ChunkOptions
+from .logits import check_logits, row_settings
+from .row_autograd import log_probs_forward, log_probs_op
 from .token_rows import TokenRows, check_token_ids
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def token_log_probs(
     hidden_or_logits: Tensor,
@@ -55,13 +55,11 @@ def token_log_probs(
         TypeError, ValueError: for what cannot be honoured, saying what was expected.
     """
     settings = row_settings(temperature, logit_softcap, None, False, entropy)
+    chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     if lm_head_weight is None:
         check_logits("hidden_or_logits", hidden_or_logits, "V")
-        for name, value in (
-            ("bias", bias), ("chunk_size", chunk_size), ("max_tokens", max_tokens),
-            ("fp32_logits", fp32_logits or None), ("compact", compact or None),
-        ):  # fmt: skip
-            if value is not None:
+        for name, value in (("bias", bias), *vars(chunks).items()):
+            if value is not None and value is not False:
                 raise ValueError(f"{name} has no effect on logits: pass lm_head_weight or drop it")
         vocabulary = hidden_or_logits.shape[-1]
     else:
@@ -72,24 +70,19 @@ def token_log_probs(
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
     else:
         active = (mask != 0).reshape(-1)
-    rows = TokenRows(token_ids.reshape(-1), active)
     impl = _choose(impl, hidden_or_logits)
-    if lm_head_weight is None:
-        logits = hidden_or_logits
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
-        outputs = RowOutputs.zeros(rows.count, settings, logits.device)
-        implementation(impl).logits_pass(logits, None, rows, 0, settings, outputs)
+    if lm_head_weight is not None:
+        hidden_or_logits, lm_head_weight, bias = whole_head(hidden_or_logits, lm_head_weight, bias)
+    elif hidden_or_logits.stride(-1) != 1:
+        hidden_or_logits = hidden_or_logits.contiguous()
+    tensors = hidden_or_logits, lm_head_weight, bias
+    ids = token_ids.reshape(-1)
+    if torch.compiler.is_compiling():
+        log_probs, entropies = log_probs_op(
+            *tensors, ids, active, temperature, logit_softcap, entropy, *vars(chunks).values(), impl
+        )
     else:
-        plan = make_plan(rows, chunk_size, fp32_logits, max_tokens, compact)
-        hidden, lm_head_weight, bias = autocast_head(hidden_or_logits, lm_head_weight, bias)
-        outputs, _ = linear_pass(
-            hidden.reshape(-1, hidden.shape[-1]), lm_head_weight, bias, rows, settings, plan, impl,
-            (False, False, False),
-        )  # fmt: skip
-        if plan.overflow is not None:
-            outputs.log_probs.masked_fill_(plan.overflow, torch.nan)
-    log_probs = outputs.log_probs.view(token_ids.shape)
-    if outputs.entropy is None:
-        return log_probs
-    return log_probs, outputs.entropy.view(token_ids.shape)
+        rows = TokenRows(ids, active)
+        log_probs, entropies = log_probs_forward(*tensors, rows, settings, chunks, impl)
+    log_probs = log_probs.view(token_ids.shape)
+    return (log_probs, entropies.view(token_ids.shape)) if entropy else log_probs

@@ -50,12 +50,17 @@ def policy_loss_rows(
     cu_seqlens: Tensor | None,
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
+    entropy_mask: Tensor | None,
+    sequence_mask: Tensor | None,
     skip_zero_advantages: bool,
 ) -> TokenRows:
     """Spreads per-sequence values over the tokens of a (B, T) or packed (N,) batch.
 
-    ``skip_zero_advantages``: tokens of advantage 0 are inactive too. Their policy term and its
-    gradient are exactly 0, so this is right where nothing else of them is asked for.
+    A token that one of the two masks leaves without its policy term has rollout weight 0.
+
+    ``skip_zero_advantages``: tokens of advantage 0, or without a policy term, are inactive too.
+    That term and its gradient are exactly 0, so this is right where nothing else of them is asked
+    for.
     """
     shape = token_ids.shape
     sequences = weights.shape[0]
@@ -73,7 +78,6 @@ def policy_loss_rows(
             weights = torch.where(spans, weights, torch.nan)
 
     def spread(values: Tensor) -> Tensor:
-        values = values.float()
         if values.shape != (sequences,):
             return values.reshape(tokens)
         if cu_seqlens is None:
@@ -83,14 +87,26 @@ def policy_loss_rows(
     def flat(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.float().reshape(tokens)
 
-    advantages = spread(advantages)
+    advantages = spread(advantages.float())
     weights = spread(weights)
+    if rollout_weights is not None:
+        rollout_weights = spread(rollout_weights.float())
     active = torch.ones(tokens, dtype=torch.bool, device=device)
     if mask is not None:
         active = (mask != 0).reshape(tokens)
     counted = active
     if skip_zero_advantages:
         active = active & (advantages != 0)
+    for policy_mask in (entropy_mask, sequence_mask):
+        if policy_mask is None:
+            continue
+        kept = spread(policy_mask != 0)
+        if rollout_weights is None:
+            rollout_weights = kept.float()
+        else:
+            rollout_weights = torch.where(kept, rollout_weights, 0.0)
+        if skip_zero_advantages:
+            active = active & kept
     return TokenRows(
         token_ids=token_ids.reshape(tokens),
         active=active,
@@ -98,7 +114,7 @@ def policy_loss_rows(
         weights=torch.where(counted, weights, 0.0),
         old_log_probs=flat(old_log_probs),
         ref_log_probs=flat(ref_log_probs),
-        rollout_weights=None if rollout_weights is None else spread(rollout_weights),
+        rollout_weights=rollout_weights,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .checks import check_cu_seqlens, check_number, values_are_free
+from .group_sums import Group, sum_over
 
-METHODS = ("delta_l", "grpo", "dapo", "dr_grpo")
+METHODS = ("delta_l", "grpo", "dapo", "dr_grpo", "luspo")
 
 
 def sequence_weights(
@@ -17,7 +17,7 @@ def sequence_weights(
     *,
     alpha: float = 1.0,
     max_length: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     r"""Weights x with ``loss = sum_i x_i * sum_t loss_it`` for a rollout batch of G sequences.
 
@@ -28,6 +28,8 @@ def sequence_weights(
     - ``"grpo"``: x_i = 1 / (G L_i), the mean over sequences of the mean over tokens.
     - ``"dapo"``: x_i = 1 / sum_j L_j, the mean over tokens.
     - ``"dr_grpo"``: x_i = 1 / (G M), the same as ``"delta_l"`` with alpha = 0.
+    - ``"luspo"``: x_i = 1 / G, the mean over sequences of the sum over tokens; its paper pairs it
+      with ``ratio_level="sequence"``.
 
     Call it where the whole rollout batch is visible, before the batch is cut into micro-batches,
     and hand each slice its own weights: the loss is then the same however the batch is cut.
@@ -51,7 +53,7 @@ def sequence_weights(
             without effect; a negative length on the CPU (elsewhere it counts as 0).
 
     Source: He et al., arXiv:2509.07558, section 3; DAPO arXiv:2503.14476; Dr. GRPO
-    arXiv:2503.20783.
+    arXiv:2503.20783; LUSPO arXiv:2602.05261.
     """
     _check_lengths(lengths)
     if method not in METHODS:
@@ -77,7 +79,7 @@ def sequence_weights(
     elif method == "dapo":
         numerator = sequences
         denominator = _total(_length_power(lengths, 1.0), group)
-    else:
+    else:  # dr_grpo; luspo is its case M = 1
         numerator = sequences
         denominator = _total(sequences, group) * constant
     return _divide(numerator, denominator).float()
@@ -88,7 +90,7 @@ def reweight_advantages(
     lengths: Tensor,
     *,
     alpha: float = 1.0,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
 ) -> Tensor:
     r"""Advantages times r_i = L_i^-alpha / mean_j L_j^-alpha, for a trainer that sums token losses.
 
@@ -151,11 +153,8 @@ def _length_power(lengths: Tensor, exponent: float) -> Tensor:
     return torch.where(lengths > 0, power, torch.zeros_like(power))
 
 
-def _total(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    total = values.sum(-1)
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    return total
+def _total(values: Tensor, group: Group) -> Tensor:
+    return sum_over(values.sum(-1), group)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ logit / temperature, after an optional soft cap.
 import triton
 import triton.language as tl
 
-from .token_loss import token_kl, token_loss
+from .token_loss import clamped_ratio, token_kl, token_surrogate
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -40,13 +40,14 @@ def _logit_grad(
     return out
 
 
-# As in policy_loss.py nothing is specialised on values or alignments: one compiled kernel for every
-# T, V, slice and setting.
+# As in policy_loss.py nothing is specialised on values: one compiled kernel for every T, V, slice
+# and setting. LOGITS and GRAD are always aligned: a row finds its own vectors. What is read as
+# scalars need not be.
 @triton.jit(
-    do_not_specialize=["first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
+    do_not_specialize=["offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
     do_not_specialize_on_alignment=[
-        "LOGITS", "TOKEN_IDS", "ACTIVE", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "WEIGHTS",
-        "ROLLOUT_WEIGHTS", "GRAD", "LOG_PROBS", "ENTROPY", "PARTIALS",
+        "TOKEN_IDS", "ACTIVE", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "WEIGHTS",
+        "ROLLOUT_WEIGHTS", "LOG_PROBS", "ENTROPY", "PARTIALS",
     ],
 )  # fmt: skip
 def logits_policy_loss_kernel(
@@ -62,6 +63,7 @@ def logits_policy_loss_kernel(
     LOG_PROBS,
     ENTROPY,
     PARTIALS,
+    offset: tl.int64,
     first_row: tl.int64,
     rows: tl.int64,
     T: tl.int64,
@@ -73,6 +75,8 @@ def logits_policy_loss_kernel(
     positive_high: tl.float32,
     negative_low: tl.float32,
     negative_high: tl.float32,
+    sapo_temperature_pos: tl.float32,
+    sapo_temperature_neg: tl.float32,
     log_ratio_clamp: tl.float32,
     beta: tl.float32,
     HAS_LOSS: tl.constexpr,
@@ -80,15 +84,18 @@ def logits_policy_loss_kernel(
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CISPO: tl.constexpr,
+    SAPO: tl.constexpr,
+    BIAS_CORRECTED_KL: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     WRITE_ENTROPY: tl.constexpr,
     METRICS: tl.constexpr,
-    ALIGNED_GRAD: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Row ``program_id`` of LOGITS belongs to token ``first_row + program_id`` of the N = ``rows``
-    tokens of the other tensors. GRAD may be LOGITS.
+    """The first logit is LOGITS[offset]. Row ``program_id`` belongs to token ``first_row +
+    program_id`` of the N = ``rows`` tokens of the other tensors. GRAD is (R, V) and contiguous, its
+    rows as far from a 16-byte boundary as those of LOGITS, and may be LOGITS.
 
     PARTIALS is (10 or 1, N) in the order of policy_loss_fwd_kernel, one column a token. Without
     HAS_LOSS only the log-prob and the entropy are written.
@@ -99,26 +106,20 @@ def logits_policy_loss_kernel(
     KEEP: tl.constexpr = "evict_last" if WRITE_GRAD else "evict_first"
     lane = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
-    # A row starts anywhere when V is odd. Its interior [first, last) is whole 16-byte vectors; the
-    # few logits on either side of it are one small tile, so every V gets wide loads and stores.
-    ITEM_BYTES: tl.constexpr = LOGITS.dtype.element_ty.primitive_bitwidth // 8
-    row_start = (pid // T) * stride_lb + (pid % T) * stride_lt
+    # A row starts anywhere when V is odd. Its interior [first, first + interior) is whole 16-byte
+    # vectors, which the products say in a form that the compiler can prove; the few logits on
+    # either side of it are one small tile, so every V gets wide loads and stores.
+    row_start = offset + (pid // T) * stride_lb + (pid % T) * stride_lt
     row_end = row_start + V
-    address = (LOGITS + row_start).to(tl.int64) // ITEM_BYTES
-    first = row_start + (VECTOR - address % VECTOR) % VECTOR
+    first = tl.cdiv(row_start, VECTOR) * VECTOR
     interior = tl.maximum((row_end - first).to(tl.int32) // VECTOR, 0) * VECTOR
-    last = first + interior
-    INTERIOR = tl.multiple_of(LOGITS + first, VECTOR * ITEM_BYTES)
+    INTERIOR = LOGITS + first
     side = tl.arange(0, 2 * VECTOR)
-    edge = tl.where(side < VECTOR, row_start + side, last + side - VECTOR)
+    edge = tl.where(side < VECTOR, row_start + side, first + interior + side - VECTOR)
     in_edge = (edge < row_end) & ((side >= VECTOR) | (edge < first))
-
     # Where the same logits lie in GRAD.
-    grad_shift = pid * V - row_start
-    GRAD_INTERIOR = GRAD + first + grad_shift
-    if ALIGNED_GRAD:
-        GRAD_ITEM_BYTES: tl.constexpr = GRAD.dtype.element_ty.primitive_bitwidth // 8
-        GRAD_INTERIOR = tl.multiple_of(GRAD_INTERIOR, VECTOR * GRAD_ITEM_BYTES)
+    grad_shift = (pid * V - row_start) // VECTOR * VECTOR
+    GRAD_INTERIOR = GRAD + (first + grad_shift)
 
     loss = 0.0
     log_prob = 0.0
@@ -200,18 +201,26 @@ def logits_policy_loss_kernel(
             old_log_prob = 0.0
             if HAS_OLD:
                 old_log_prob = tl.load(OLD_LOG_PROBS + n).to(tl.float32)
-            loss, grad, log_ratio, ratio, below, above = token_loss(
-                log_prob, old_log_prob, advantage, positive_high, negative_low, negative_high,
-                log_ratio_clamp, HAS_OLD,
+            log_ratio, ratio, outside = clamped_ratio(
+                log_prob - old_log_prob, log_ratio_clamp, HAS_OLD
+            )
+            loss, grad, below, above = token_surrogate(
+                log_prob, ratio, outside, advantage, positive_high, negative_low, negative_high,
+                sapo_temperature_pos, sapo_temperature_neg, CISPO, SAPO,
             )  # fmt: skip
             if HAS_ROLLOUT:
+                # Not 0 * inf where a token has no policy term.
                 rollout = tl.load(ROLLOUT_WEIGHTS + n)
-                loss *= rollout
-                grad *= rollout
+                loss = tl.where(rollout != 0, rollout * loss, 0.0)
+                grad = tl.where(rollout != 0, rollout * grad, 0.0)
             if HAS_REF:
                 kl, kl_grad = token_kl(log_prob, tl.load(REF_LOG_PROBS + n).to(tl.float32))
-                loss += beta * kl
-                grad += beta * kl_grad
+                if BIAS_CORRECTED_KL:
+                    kl *= ratio
+                    kl_grad = kl_grad * ratio + tl.where(outside, 0.0, kl)
+                # Not 0 * inf where the reference is read for its metric alone.
+                loss += tl.where(beta > 0, beta * kl, 0.0)
+                grad += tl.where(beta > 0, beta * kl_grad, 0.0)
             loss *= weight
             grad *= weight * inverse_temperature
             if METRICS:

@@ -8,7 +8,7 @@ a vector boundary whatever T is, and padded and packed are one kernel.
 import triton
 import triton.language as tl
 
-from .token_loss import token_kl, token_loss
+from .token_loss import clamped_ratio, token_kl, token_surrogate
 
 
 @triton.jit
@@ -69,12 +69,16 @@ def _sequence_end(CU_SEQLENS, seq, T, PACKED: tl.constexpr):
 # same compiled kernel. Vector loads need aligned streams; what is read as scalars need not be.
 _SIZES = [
     "N", "T", "G", "stride_lb", "stride_lt", "stride_ob", "stride_ot", "stride_rb", "stride_rt",
-    "stride_ab", "stride_at", "stride_mb", "stride_mt", "stride_wb", "stride_wt",
+    "stride_ab", "stride_at", "stride_mb", "stride_mt", "stride_wb", "stride_wt", "stride_eb",
+    "stride_et",
 ]  # fmt: skip
 _STREAMS = [
-    "LOG_PROBS", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "MASK", "ROLLOUT_WEIGHTS"
+    "LOG_PROBS", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "MASK", "ROLLOUT_WEIGHTS",
+    "ENTROPY_MASK",
 ]  # fmt: skip
-_SCALARS = ["WEIGHTS", "CU_SEQLENS", "PARTIALS"]
+_SCALARS = [
+    "SEQUENCE_MASK", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS", "WEIGHTS", "PARTIALS"
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_SCALARS)
@@ -84,9 +88,13 @@ def policy_loss_fwd_kernel(
     REF_LOG_PROBS,
     ADVANTAGES,
     MASK,
-    WEIGHTS,
     ROLLOUT_WEIGHTS,
+    ENTROPY_MASK,
+    SEQUENCE_MASK,
     CU_SEQLENS,
+    LOG_RATIO_MEANS,
+    RATIO_GRADS,
+    WEIGHTS,
     GRAD,
     PARTIALS,
     N: tl.int64,
@@ -104,9 +112,13 @@ def policy_loss_fwd_kernel(
     stride_mt: tl.int64,
     stride_wb: tl.int64,
     stride_wt: tl.int64,
+    stride_eb: tl.int64,
+    stride_et: tl.int64,
     positive_high: tl.float32,
     negative_low: tl.float32,
     negative_high: tl.float32,
+    sapo_temperature_pos: tl.float32,
+    sapo_temperature_neg: tl.float32,
     log_ratio_clamp: tl.float32,
     beta: tl.float32,
     PACKED: tl.constexpr,
@@ -117,6 +129,13 @@ def policy_loss_fwd_kernel(
     TOKEN_ADVANTAGES: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
     TOKEN_ROLLOUT: tl.constexpr,
+    HAS_ENTROPY_MASK: tl.constexpr,
+    HAS_SEQUENCE_MASK: tl.constexpr,
+    SEQUENCE_RATIO: tl.constexpr,
+    MEAN_GRAD: tl.constexpr,
+    CISPO: tl.constexpr,
+    SAPO: tl.constexpr,
+    BIAS_CORRECTED_KL: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     METRICS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -161,12 +180,12 @@ def policy_loss_fwd_kernel(
     if tl.max(counted.to(tl.int32), axis=0) > 0:
         log_prob = tl.zeros([BLOCK], tl.float32)
         old_log_prob = log_prob
-        if HAS_OLD or HAS_REF:
+        if (HAS_OLD and not SEQUENCE_RATIO) or HAS_REF or CISPO:
             log_prob = _load_tokens(
                 LOG_PROBS, start, lane, in_bounds, interior, row, column,
                 stride_lb, stride_lt, 0.0, STRIDED,
             ).to(tl.float32)  # fmt: skip
-        if HAS_OLD:
+        if HAS_OLD and not SEQUENCE_RATIO:
             old_log_prob = _load_tokens(
                 OLD_LOG_PROBS, start, lane, in_bounds, interior, row, column,
                 stride_ob, stride_ot, 0.0, STRIDED,
@@ -190,6 +209,12 @@ def policy_loss_fwd_kernel(
             advantage = tl.zeros([BLOCK], tl.float32) + tl.load(ADVANTAGES + seq).to(tl.float32)
         if HAS_ROLLOUT and not TOKEN_ROLLOUT:
             rollout = tl.zeros([BLOCK], tl.float32) + tl.load(ROLLOUT_WEIGHTS + seq).to(tl.float32)
+        if HAS_SEQUENCE_MASK:
+            kept = tl.zeros([BLOCK], tl.int32) + (tl.load(SEQUENCE_MASK + seq) != 0).to(tl.int32)
+        if SEQUENCE_RATIO:
+            log_ratio_mean = tl.zeros([BLOCK], tl.float32) + tl.load(LOG_RATIO_MEANS + seq)
+        if MEAN_GRAD:
+            ratio_grad = tl.zeros([BLOCK], tl.float32) + tl.load(RATIO_GRADS + seq)
         seq_end = _sequence_end(CU_SEQLENS, seq, T, PACKED)
         while (seq_end < start + BLOCK) & (seq + 1 < G):
             seq += 1
@@ -199,6 +224,12 @@ def policy_loss_fwd_kernel(
                 advantage = tl.where(here, tl.load(ADVANTAGES + seq).to(tl.float32), advantage)
             if HAS_ROLLOUT and not TOKEN_ROLLOUT:
                 rollout = tl.where(here, tl.load(ROLLOUT_WEIGHTS + seq).to(tl.float32), rollout)
+            if HAS_SEQUENCE_MASK:
+                kept = tl.where(here, (tl.load(SEQUENCE_MASK + seq) != 0).to(tl.int32), kept)
+            if SEQUENCE_RATIO:
+                log_ratio_mean = tl.where(here, tl.load(LOG_RATIO_MEANS + seq), log_ratio_mean)
+            if MEAN_GRAD:
+                ratio_grad = tl.where(here, tl.load(RATIO_GRADS + seq), ratio_grad)
             seq_end = _sequence_end(CU_SEQLENS, seq, T, PACKED)
 
         if TOKEN_ADVANTAGES:
@@ -209,10 +240,16 @@ def policy_loss_fwd_kernel(
         # Zeroed before exp: what a masked position holds must not get through.
         log_prob = tl.where(counted, log_prob, 0.0)
         old_log_prob = tl.where(counted, old_log_prob, 0.0)
-        loss, grad, log_ratio, ratio, below, above = token_loss(
-            log_prob, old_log_prob, advantage, positive_high, negative_low, negative_high,
-            log_ratio_clamp, HAS_OLD,
+        raw = log_prob - old_log_prob
+        if SEQUENCE_RATIO:
+            raw = log_ratio_mean
+        log_ratio, ratio, outside = clamped_ratio(raw, log_ratio_clamp, HAS_OLD)
+        loss, grad, below, above = token_surrogate(
+            log_prob, ratio, outside, advantage, positive_high, negative_low, negative_high,
+            sapo_temperature_pos, sapo_temperature_neg, CISPO, SAPO,
         )  # fmt: skip
+        if MEAN_GRAD and not CISPO:
+            grad = tl.zeros([BLOCK], tl.float32)  # through the ratio alone: in ratio_grad
         if HAS_ROLLOUT:
             if TOKEN_ROLLOUT:
                 rollout = _load_tokens(
@@ -221,15 +258,38 @@ def policy_loss_fwd_kernel(
                 ).to(tl.float32)  # fmt: skip
             loss *= rollout
             grad *= rollout
+        if HAS_ENTROPY_MASK:
+            entropy_mask = _load_tokens(
+                ENTROPY_MASK, start, lane, in_bounds, interior, row, column,
+                stride_eb, stride_et, 0, STRIDED,
+            )  # fmt: skip
+            dropped = entropy_mask == 0
+            if HAS_SEQUENCE_MASK:
+                dropped = dropped | (kept == 0)
+        elif HAS_SEQUENCE_MASK:
+            dropped = kept == 0
+        if HAS_ENTROPY_MASK or HAS_SEQUENCE_MASK:
+            grad = tl.where(dropped, 0.0, grad)
+            if CISPO:  # once more, not kept since: registers
+                loss = tl.where(dropped, 0.0, grad * log_prob)
+            else:
+                loss = tl.where(dropped, 0.0, loss)
         if HAS_REF:
             ref_log_prob = _load_tokens(
                 REF_LOG_PROBS, start, lane, in_bounds, interior, row, column,
                 stride_rb, stride_rt, 0.0, STRIDED,
             ).to(tl.float32)  # fmt: skip
             kl, kl_grad = token_kl(log_prob, tl.where(counted, ref_log_prob, 0.0))
+            if BIAS_CORRECTED_KL:
+                kl *= ratio
+                kl_grad *= ratio
+                if not MEAN_GRAD:
+                    kl_grad += tl.where(outside, 0.0, kl)
             # Not 0 * inf where the reference is read for its metric alone.
             loss += tl.where(beta > 0, beta * kl, 0.0)
             grad += tl.where(beta > 0, beta * kl_grad, 0.0)
+        if MEAN_GRAD:
+            grad += ratio_grad
         if WRITE_GRAD:
             grad = tl.where(counted, weight * grad, 0.0)
             _store_tile(GRAD, start, lane, grad, in_bounds, interior)
@@ -240,7 +300,10 @@ def policy_loss_fwd_kernel(
             ratio = tl.where(counted, ratio, 0.0)
             log_ratio = tl.where(counted, log_ratio, 0.0)
             tokens = _count(counted)
-            clipped_low = _count(counted & below & negative)
+            if CISPO:
+                clipped_low = _count(counted & below & (advantage != 0))
+            else:
+                clipped_low = _count(counted & below & negative)
             clipped_high = _count(counted & above & positive)
             clipped_dual = _count(counted & above & negative)
             total_ratio = tl.sum(ratio, axis=0)
@@ -281,6 +344,154 @@ policy_loss_fwd_strided_kernel = triton.jit(
     do_not_specialize=_SIZES,
     do_not_specialize_on_alignment=_STREAMS + _SCALARS,
 )
+
+
+@triton.jit(
+    do_not_specialize=_SIZES,
+    do_not_specialize_on_alignment=_STREAMS + _SCALARS,
+)
+def policy_loss_sequence_kernel(
+    LOG_PROBS,
+    OLD_LOG_PROBS,
+    REF_LOG_PROBS,
+    ADVANTAGES,
+    MASK,
+    ROLLOUT_WEIGHTS,
+    ENTROPY_MASK,
+    SEQUENCE_MASK,
+    CU_SEQLENS,
+    LOG_RATIO_MEANS,
+    RATIO_GRADS,
+    N: tl.int64,
+    T: tl.int64,
+    stride_lb: tl.int64,
+    stride_lt: tl.int64,
+    stride_ob: tl.int64,
+    stride_ot: tl.int64,
+    stride_rb: tl.int64,
+    stride_rt: tl.int64,
+    stride_ab: tl.int64,
+    stride_at: tl.int64,
+    stride_mb: tl.int64,
+    stride_mt: tl.int64,
+    stride_wb: tl.int64,
+    stride_wt: tl.int64,
+    stride_eb: tl.int64,
+    stride_et: tl.int64,
+    positive_high: tl.float32,
+    negative_low: tl.float32,
+    negative_high: tl.float32,
+    sapo_temperature_pos: tl.float32,
+    sapo_temperature_neg: tl.float32,
+    log_ratio_clamp: tl.float32,
+    beta: tl.float32,
+    PACKED: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TOKEN_ADVANTAGES: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    TOKEN_ROLLOUT: tl.constexpr,
+    HAS_ENTROPY_MASK: tl.constexpr,
+    HAS_SEQUENCE_MASK: tl.constexpr,
+    MEAN_GRAD: tl.constexpr,
+    CISPO: tl.constexpr,
+    SAPO: tl.constexpr,
+    BIAS_CORRECTED_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Mean log-ratio of sequence ``program_id``, and what a log-prob changes through it.
+
+    With s the ratio of the sequence, RATIO_GRADS is (1/L) sum_t d(loss_t)/d(log s). The policy
+    term is A times a function of s and the sign of A, so two sums over the tokens are enough to
+    know it once s is: one pass. The order of summation depends on the sequence alone, not on
+    where in a batch it lies.
+    """
+    seq = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    row = seq
+    first = tl.zeros([], tl.int64)
+    end = T
+    if PACKED:
+        row = first
+        # Offsets that do not fit the stream must not be read at: the loss will be NaN.
+        first = tl.minimum(tl.maximum(tl.load(CU_SEQLENS + seq).to(tl.int64), 0), N)
+        end = tl.minimum(tl.load(CU_SEQLENS + seq + 1).to(tl.int64), N)
+
+    tokens = tl.zeros([BLOCK], tl.float32)
+    log_ratios = tl.zeros([BLOCK], tl.float32)
+    positive = tl.zeros([BLOCK], tl.float32)
+    negative = tl.zeros([BLOCK], tl.float32)
+    kls = tl.zeros([BLOCK], tl.float32)
+    while first < end:
+        column = first + lane
+        in_bounds = column < end
+        counted = in_bounds
+        if HAS_MASK:
+            mask = tl.load(MASK + row * stride_mb + column * stride_mt, mask=in_bounds, other=0)
+            counted = mask != 0
+        tokens += tl.where(counted, 1.0, 0.0)
+        if HAS_OLD or BIAS_CORRECTED_KL:
+            log_prob = tl.load(
+                LOG_PROBS + row * stride_lb + column * stride_lt, mask=counted, other=0.0
+            ).to(tl.float32)
+        if HAS_OLD:
+            old_log_prob = tl.load(
+                OLD_LOG_PROBS + row * stride_ob + column * stride_ot, mask=counted, other=0.0
+            ).to(tl.float32)
+            log_ratios += log_prob - old_log_prob
+        if MEAN_GRAD and not CISPO:
+            if TOKEN_ADVANTAGES:
+                policy = tl.load(
+                    ADVANTAGES + row * stride_ab + column * stride_at, mask=counted, other=0.0
+                ).to(tl.float32)
+            else:
+                policy = tl.where(counted, tl.load(ADVANTAGES + seq).to(tl.float32), 0.0)
+            is_negative = policy < 0
+            if TOKEN_ROLLOUT:
+                policy *= tl.load(
+                    ROLLOUT_WEIGHTS + row * stride_wb + column * stride_wt, mask=counted, other=0.0
+                ).to(tl.float32)
+            if HAS_ENTROPY_MASK:
+                entropy_mask = tl.load(
+                    ENTROPY_MASK + row * stride_eb + column * stride_et, mask=counted, other=0
+                )
+                policy = tl.where(entropy_mask != 0, policy, 0.0)
+            negative += tl.where(is_negative, policy, 0.0)
+            positive += tl.where(is_negative, 0.0, policy)
+        if MEAN_GRAD and BIAS_CORRECTED_KL:
+            ref_log_prob = tl.load(
+                REF_LOG_PROBS + row * stride_rb + column * stride_rt, mask=counted, other=0.0
+            ).to(tl.float32)
+            kl, _ = token_kl(log_prob, ref_log_prob)
+            kls += kl
+        first += BLOCK
+
+    length = tl.maximum(tl.sum(tokens, axis=0), 1.0)
+    mean = tl.sum(log_ratios, axis=0) / length
+    tl.store(LOG_RATIO_MEANS + seq, mean)
+    if MEAN_GRAD:
+        _, ratio, outside = clamped_ratio(mean, log_ratio_clamp, HAS_OLD)
+        total = 0.0
+        if not CISPO:
+            one = tl.full([], 1.0, tl.float32)
+            _, for_positive, _, _ = token_surrogate(
+                mean, ratio, outside, one, positive_high, negative_low, negative_high,
+                sapo_temperature_pos, sapo_temperature_neg, CISPO, SAPO,
+            )  # fmt: skip
+            _, for_negative, _, _ = token_surrogate(
+                mean, ratio, outside, -one, positive_high, negative_low, negative_high,
+                sapo_temperature_pos, sapo_temperature_neg, CISPO, SAPO,
+            )  # fmt: skip
+            total = for_positive * tl.sum(positive, axis=0) - for_negative * tl.sum(
+                negative, axis=0
+            )
+            if HAS_ROLLOUT and not TOKEN_ROLLOUT:
+                total *= tl.load(ROLLOUT_WEIGHTS + seq).to(tl.float32)
+            if HAS_SEQUENCE_MASK:
+                total = tl.where(tl.load(SEQUENCE_MASK + seq) != 0, total, 0.0)
+        if BIAS_CORRECTED_KL:
+            total += tl.where(outside, 0.0, beta * ratio * tl.sum(kls, axis=0))
+        tl.store(RATIO_GRADS + seq, total / length)
 
 
 @triton.jit(do_not_specialize=["programs"])

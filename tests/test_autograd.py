@@ -354,7 +354,8 @@ def test_opcheck(layout, dtype, make_batch):
     for write_grad, metrics in ((True, True), (False, False), (True, False)):
         args = (
             *batch.args(), batch.cu_seqlens, batch.ref_log_probs, None,
-            0.2, 0.28, 3.0, None, 20.0, 0.1, write_grad, metrics,
+            0.2, 0.28, 3.0, None, 20.0, 0.1, "token", "clip", 1.0, 1.05, False, write_grad, metrics,
+            None, None,
         )  # fmt: skip
         torch.library.opcheck(autograd._policy_loss_op, args)
 

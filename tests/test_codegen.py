@@ -21,6 +21,7 @@ pytest.importorskip("triton.backends", reason="Triton is not installed on this p
 CUDA = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*CUDA, "gfx942")
 FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "policy_loss_bwd_kernel"
+SEQUENCE = "policy_loss_sequence_kernel"
 ITEMSIZE = {"bool": 1, "bfloat16": 2, "float16": 2, "int32": 4, "float32": 4, "int64": 8}
 
 
@@ -50,7 +51,7 @@ def report(tmp_path_factory):
 @pytest.fixture(params=TARGETS)
 def kernels(request, report):
     found = [row for row in report["kernels"] if row["target"] == request.param]
-    assert {row["case"]["kernel"] for row in found} == {FWD, REDUCE, BWD}
+    assert {row["case"]["kernel"] for row in found} == {FWD, SEQUENCE, REDUCE, BWD}
     return found
 
 
@@ -70,17 +71,19 @@ def wide(row, dtypes):
 
 def token_dtypes(case):
     """The dtypes of the tensors of which the forward kernel reads one element a token."""
+    own_ratio = case["old"] and case["level"] == "token"  # else 1, or one number a sequence
     dtypes = []
-    if case["old"] or case["ref"]:  # without either the ratio is 1: log_probs is not read
+    if own_ratio or case["ref"] or case["surrogate"] == "cispo":
         dtypes.append(case["dtype"])
-    dtypes += [case["dtype"]] * (case["old"] + case["ref"])
+    dtypes += [case["dtype"]] * (own_ratio + case["ref"])
     dtypes += ["float32"] * ((case["advantages"] == "token") + (case["rollout"] == "token"))
-    return dtypes + [case["mask"]] * (case["mask"] is not None)
+    return dtypes + [case[mask] for mask in ("mask", "entropy_mask") if case[mask]]
 
 
-def test_the_flags_of_the_forward_kernel_are_covered(report):
+@pytest.mark.parametrize("kernel", [FWD, SEQUENCE])
+def test_the_flags_of_a_kernel_are_covered(kernel, report):
     """Every constexpr takes each of its values somewhere, so no branch is left uncompiled."""
-    rows = [row for row in report["kernels"] if row["case"]["kernel"] == FWD]
+    rows = [row for row in report["kernels"] if row["case"]["kernel"] == kernel]
     flags = [flag for flag in rows[0]["constants"] if flag != "BLOCK"]
     assert len(flags) >= 10
     for flag in flags:
@@ -125,12 +128,15 @@ def test_interior_loads_are_128_bit(kernels):
 
 def test_interior_mask_loads_are_as_wide_as_a_thread(kernels):
     """A bool mask is read by 4 or 8 bytes. Only the stream's last tile, whose loads are
-    predicated, reads single bytes: one load for each token of a thread, not two."""
+    predicated, reads single bytes: one load for each token of a thread, not two. An entropy mask
+    the same; a sequence mask is read in two places."""
     checked = 0
     for row in kernels:
         case = row["case"]
         if case["kernel"] == FWD and case["mask"] == "bool" and not case["strided"]:
-            assert row["loads"]["8"] == tokens_per_thread(row), name(row)
+            masks = 1 + (case["entropy_mask"] == "bool")
+            expected = masks * tokens_per_thread(row) + 2 * case["sequence_mask"]
+            assert row["loads"]["8"] == expected, name(row)
             checked += 1
     assert checked >= 10
 
@@ -159,6 +165,8 @@ def register_budget(row):
         return 80  # one program, or ten: occupancy is of no account
     if case["kernel"] == BWD:
         return 40
+    if case["kernel"] == SEQUENCE:
+        return 128  # one program a sequence: there are seldom more of them than fit
     if case["dtype"] != "float32":  # 8 tokens a thread, and the compiler for sm_80 uses more
         return 160 if row["target"] == "sm_80" else 128
     if case["name"] in ("padded", "packed", "packed, mask") and row["target"] == "sm_90":

@@ -1,4 +1,7 @@
-"""Real processes over gloo against one process: weights, advantages, metrics, DDP gradients."""
+"""Real processes over gloo against one process: weights, metrics, losses, parameters' gradients.
+
+One group of processes is started for each number of ranks; every case runs in it.
+"""
 
 import copy
 import datetime
@@ -6,15 +9,20 @@ import functools
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dl_norm
+from dl_norm.context_parallel import context_parallel_lengths
+from dl_norm.scaling import gradient_scale
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
@@ -22,13 +30,24 @@ if not (dist.is_available() and dist.is_gloo_available()):
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LENGTH = 12
 VOCABULARY = 7
+MICRO_BATCHES = (1, 2, 3)
+WRAPPERS = ("ddp", "fsdp2")
 # Lengths of the sequences of each rank. Unequal batches, an empty sequence, a rank without any.
+# With fewer sequences than micro-batches some micro-batches are empty, too.
 SPLITS = {
-    "unequal": ([1, 12, 5], [3, 0, 8, 2]),
-    "one sequence against five": ([7], [1, 2, 4, 9, 12]),
-    "empty rank": ([4, 9, 1], []),
-    "a rank of empty sequences": ([4, 9, 1], [0, 0]),
+    1: {"one rank": ([1, 12, 5, 0, 7],)},
+    2: {
+        "unequal": ([1, 12, 5], [3, 0, 8, 2]),
+        "one sequence against five": ([7], [1, 2, 4, 9, 12]),
+        "empty rank": ([4, 9, 1], []),
+        "a rank of empty sequences": ([4, 9, 1], [0, 0]),
+    },
+    4: {
+        "unequal": ([12], [1, 6, 3], [2, 2, 0, 11], [5, 8]),
+        "two empty ranks": ([4, 9, 1, 12, 3], [], [7], []),
+    },
 }
+CASES = [(ranks, name) for ranks, splits in SPLITS.items() for name in splits]
 WEIGHTS = (
     ("delta_l", {"alpha": 1.0, "max_length": MAX_LENGTH}),
     ("delta_l", {"alpha": 0.75, "max_length": MAX_LENGTH}),
@@ -36,6 +55,7 @@ WEIGHTS = (
     ("dapo", {}),
     ("dr_grpo", {"max_length": MAX_LENGTH}),
 )
+METHOD = {"alpha": 0.75, "max_length": MAX_LENGTH}
 LOSS_OPTIONS = {"eps_low": 0.1, "eps_high": 0.15, "dual_clip": 1.3}
 
 
@@ -60,18 +80,29 @@ def part(whole, rank, split):
     return {name: tensor[first : first + len(split[rank])] for name, tensor in whole.items()}
 
 
+def pieces(data, weights, count):
+    """The micro-batches of a rank, equal but for one sequence; some may have none."""
+    for rows in torch.arange(len(weights)).tensor_split(count):
+        yield {name: tensor[rows] for name, tensor in data.items()}, weights[rows]
+
+
 class Policy(nn.Module):
-    """Log-probs of tokens under a model small enough to run twice."""
+    """Log-probs of tokens under a model small enough to run many times.
+
+    Its parameters are float64, so sums over tokens, ranks and micro-batches in another order are
+    the same to 1e-15, and what a comparison sees is this package: a float32 loss and token
+    gradients, scaled. float32 parameters would round each sum by about as much as the tolerance.
+    """
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(21)
-        self.embedding = nn.Embedding(VOCABULARY, 6)
-        self.head = nn.Linear(6, VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, 6, dtype=torch.float64)
+        self.head = nn.Linear(6, VOCABULARY, dtype=torch.float64)
 
     def forward(self, tokens):
         logits = self.head(torch.tanh(self.embedding(tokens.roll(1, -1))))
-        return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].float()
 
 
 def loss_of(model, data, weights, metrics=False):
@@ -81,28 +112,79 @@ def loss_of(model, data, weights, metrics=False):
     )  # fmt: skip
 
 
-def gradients(model):
-    return [parameter.grad.clone() for parameter in model.parameters()]
+class Ddp:
+    """A policy under DistributedDataParallel."""
+
+    def __init__(self):
+        self.model = DistributedDataParallel(Policy())
+
+    def backward(self, loss, last):
+        self.model.require_backward_grad_sync = last
+        loss.backward()
+
+    def gradients(self):
+        return [parameter.grad.clone() for parameter in self.model.parameters()]
 
 
-def worker(name, rank, folder):
-    split = SPLITS[name]
+class Fsdp:
+    """A policy under FSDP2, each layer a shard group of its own."""
+
+    def __init__(self, divide_by=None):
+        self.model = Policy()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in (self.model.embedding, self.model.head, self.model):
+            fully_shard(module, mesh=mesh)
+            if divide_by is not None:
+                module.set_gradient_divide_factor(divide_by)
+
+    def backward(self, loss, last):
+        self.model.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def gradients(self):
+        return [parameter.grad.full_tensor() for parameter in self.model.parameters()]
+
+
+def accumulate(policy, micro_batches, scale):
+    """One optimizer step's gradients, and this rank's share of the loss (not scaled)."""
+    micro_batches = list(micro_batches)
+    total = torch.zeros(())
+    for i, (data, weights) in enumerate(micro_batches, start=1):
+        last = i == len(micro_batches)
+        # DDP decides in forward whether the backward will be reduced.
+        if isinstance(policy, Ddp):
+            policy.model.require_backward_grad_sync = last
+        loss = loss_of(policy.model, data, weights)
+        policy.backward(scale * loss, last)
+        total += loss.detach()
+    return total, policy.gradients()
+
+
+def worker(ranks, rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=len(split),
-        timeout=datetime.timedelta(seconds=60),
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=120),
     )
+    results = {}
     try:
-        torch.save(distributed_results(rank, split), f"{folder}/{rank}.pt")
+        # A group that is not the world: this rank alone.
+        groups = [dist.new_group([r]) for r in range(ranks)]
+        for name, split in SPLITS[ranks].items():
+            results[name] = results_of_rank(rank, split, groups[rank])
+        results["errors"] = errors_of_rank(rank, groups)
+        stale = dist.new_group(list(range(ranks)))
     finally:
         dist.destroy_process_group()
+    results["errors"]["destroyed"] = refusal(stale)
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
-def distributed_results(rank, split):
-    """Everything that one rank computes."""
+def results_of_rank(rank, split, alone):
+    """Everything that one rank computes of one split."""
     group = dist.group.WORLD
     world = dist.get_world_size()
     data = part(batch([length for lengths in split for length in lengths]), rank, split)
@@ -110,75 +192,108 @@ def distributed_results(rank, split):
     results = {}
     for i, (method, options) in enumerate(WEIGHTS):
         results[f"weights {i}"] = dl_norm.sequence_weights(lengths, method, group=group, **options)
+    results["weights alone"] = dl_norm.sequence_weights(lengths, group=alone, **METHOD)
+    results["weights, local"] = dl_norm.sequence_weights(lengths, group="local", **METHOD)
     results["advantages"] = dl_norm.reweight_advantages(
         data["advantages"], lengths, alpha=0.75, group=group
     )
 
-    # A group that is not the world: this rank alone.
-    alone = [dist.new_group([r]) for r in range(world)][rank]
-    results["weights alone"] = dl_norm.sequence_weights(
-        lengths, "delta_l", max_length=MAX_LENGTH, group=alone
-    )
+    weights = dl_norm.sequence_weights(lengths, group=group, **METHOD)
+    scale = gradient_scale(num_processes=world)
+    for wrapper, make in zip(WRAPPERS, (Ddp, Fsdp), strict=True):
+        for count in MICRO_BATCHES:
+            loss, gradients = accumulate(make(), pieces(data, weights, count), scale)
+            dist.all_reduce(loss)
+            results[wrapper, count] = loss, gradients
 
-    weights = dl_norm.sequence_weights(lengths, "delta_l", max_length=MAX_LENGTH, group=group)
-    model = DistributedDataParallel(Policy())
-    # DDP averages gradients over the ranks; the loss of the batch is the sum of the ranks'.
-    loss, metrics = loss_of(model, data, weights, metrics=True)
-    (world * loss).backward()
-    results["gradients"] = gradients(model)
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    results["loss"] = total
+    # A trainer that divides each loss by the number of micro-batches.
+    divided = gradient_scale(
+        num_processes=world, accumulation_steps=3, loss_divided_by_accumulation=True
+    )
+    results["divided"] = accumulate(Ddp(), pieces(data, weights, 3), divided / 3)[1]
+    # Gradients summed over the ranks.
+    summed = gradient_scale(num_processes=world, gradients_averaged=False)
+    results["summed"] = accumulate(Fsdp(1.0), pieces(data, weights, 2), summed)[1]
+    # Two optimizer steps on one generation, a micro-batch each: the mean is the whole batch.
+    halves = gradient_scale(
+        num_processes=world, accumulation_steps=1, micro_batches_per_generation=2
+    )
+    steps = [accumulate(Ddp(), [piece], halves)[1] for piece in pieces(data, weights, 2)]
+    results["mean of two steps"] = [(one + two) / 2 for one, two in zip(*steps, strict=True)]
+
+    policy = Ddp()
+    loss = dl_norm.delta_l_loss(
+        policy.model(data["tokens"]), data["old"], data["advantages"], data["mask"],
+        group=group, **METHOD, **LOSS_OPTIONS,
+    )  # fmt: skip
+    policy.backward(scale * loss, last=True)
+    results["delta_l_loss"] = policy.gradients()
+
+    with torch.no_grad():
+        _, metrics = loss_of(Policy(), data, weights, metrics=True)
     results["metrics"] = list(metrics.all_reduce(group).summary().values())
     results["metrics, default group"] = list(metrics.all_reduce().summary().values())
     results["metrics, this rank"] = list(metrics.summary().values())
-
-    model = DistributedDataParallel(Policy())
-    cut = len(lengths) // 2
-    micro_batches = [
-        ({name: tensor[rows] for name, tensor in data.items()}, weights[rows])
-        for rows in (slice(0, cut), slice(cut, None))
-    ]
-    with model.no_sync():
-        (world * loss_of(model, *micro_batches[0])).backward()
-    (world * loss_of(model, *micro_batches[1])).backward()
-    results["gradients of micro-batches"] = gradients(model)
-
-    model = DistributedDataParallel(Policy())
-    loss = dl_norm.delta_l_loss(
-        model(data["tokens"]), data["old"], data["advantages"], data["mask"],
-        alpha=1.0, max_length=MAX_LENGTH, group=group, **LOSS_OPTIONS,
-    )  # fmt: skip
-    (world * loss).backward()
-    results["gradients of delta_l_loss"] = gradients(model)
     return results
 
 
+def refusal(group, function=dl_norm.sequence_weights, **options):
+    """What the refusal of a group says; "" if the sum is taken, over whatever it is."""
+    lengths = torch.tensor([2, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if function is dl_norm.sequence_weights:
+                function(lengths, group=group, **METHOD)
+            elif function is dl_norm.reweight_advantages:
+                function(lengths.float(), lengths, group=group)
+            elif function is dl_norm.delta_l_loss:
+                zeros = torch.zeros(1, 2)
+                function(zeros, zeros, zeros, zeros, group=group, **METHOD)
+            else:
+                function(torch.ones(1, 2), group)
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def errors_of_rank(rank, groups):
+    functions = {
+        "sequence_weights": dl_norm.sequence_weights,
+        "reweight_advantages": dl_norm.reweight_advantages,
+        "delta_l_loss": dl_norm.delta_l_loss,
+        "context_parallel_lengths": context_parallel_lengths,
+    }
+    errors = {f"no group: {name}": refusal(None, f) for name, f in functions.items()}
+    errors["not a member"] = refusal(groups[(rank + 1) % len(groups)])
+    errors["mesh"] = refusal(init_device_mesh("cpu", (dist.get_world_size(),)))
+    return errors
+
+
 @functools.cache
-def run_ranks(name, folder):
+def run_ranks(ranks, folder):
     """Starts this file once per rank: multiprocessing would have to import it by a name, and
     `tests` is what other projects call their package too."""
-    folder = folder / name.replace(" ", "_")
+    folder = folder / str(ranks)
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    ranks = range(len(SPLITS[name]))
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, name, str(rank), str(folder)],
+            [sys.executable, __file__, str(ranks), str(rank), str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ranks
+        for rank in range(ranks)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in ranks]
+    failed = [process.returncode != 0 for process in processes]
+    assert not any(failed), "\n".join(error[-2000:] for error in errors)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -186,25 +301,52 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("gloo")
 
 
-@pytest.fixture(params=SPLITS)
-def ranks(request, folder):
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")
+def case(request, folder):
     """(results of every rank, the whole batch, lengths by rank)"""
-    split = SPLITS[request.param]
+    ranks, name = request.param
+    split = SPLITS[ranks][name]
     whole = batch([length for lengths in split for length in lengths])
-    return run_ranks(request.param, folder), whole, split
+    return [results[name] for results in run_ranks(ranks, folder)], whole, split
 
 
 def single_process(whole):
     model = Policy()
-    weights = dl_norm.sequence_weights(whole["lengths"], "delta_l", max_length=MAX_LENGTH)
+    weights = dl_norm.sequence_weights(whole["lengths"], **METHOD)
     loss, metrics = loss_of(model, whole, weights, metrics=True)
     loss.backward()
-    return loss.detach(), metrics, gradients(model)
+    return loss.detach(), metrics, [parameter.grad for parameter in model.parameters()]
 
 
-def test_weights_over_the_group_are_those_of_the_whole_batch(ranks):
+def assert_same_gradients(results, expected):
+    """To 1e-6 of the largest entry of each parameter's gradient, on every rank."""
+    for result in results:
+        for got, want in zip(result, expected, strict=True):
+            assert want.abs().max() > 1e-3
+            torch.testing.assert_close(got, want, rtol=0.0, atol=1e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("count", MICRO_BATCHES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_loss_and_gradients_are_those_of_one_process(case, wrapper, count):
+    results, whole, _ = case
+    loss, _, expected = single_process(whole)
+    for result in results:
+        # A sum of at most 50 float32 terms of size 1 times weights of at most 1 / MAX_LENGTH.
+        torch.testing.assert_close(result[wrapper, count][0], loss, rtol=1e-6, atol=1e-7)
+    assert_same_gradients([result[wrapper, count][1] for result in results], expected)
+
+
+@pytest.mark.parametrize("key", ["divided", "summed", "mean of two steps", "delta_l_loss"])
+def test_every_factor_of_the_scale(case, key):
+    results, whole, _ = case
+    _, _, expected = single_process(whole)
+    assert_same_gradients([result[key] for result in results], expected)
+
+
+def test_weights_over_the_group_are_those_of_the_whole_batch(case):
     """One float32 rounding: the sums are in float64, but in another order."""
-    results, whole, _ = ranks
+    results, whole, _ = case
     for i, (method, options) in enumerate(WEIGHTS):
         expected = dl_norm.sequence_weights(whole["lengths"], method, **options)
         got = torch.cat([result[f"weights {i}"] for result in results])
@@ -212,47 +354,40 @@ def test_weights_over_the_group_are_those_of_the_whole_batch(ranks):
         assert (got > 0).any()
 
 
-def test_a_smaller_group_sees_its_own_ranks_only(ranks):
-    results, _, split = ranks
+@pytest.mark.parametrize("key", ["weights alone", "weights, local"])
+def test_a_smaller_group_sees_its_own_ranks_only(case, key):
+    results, _, split = case
     for result, lengths in zip(results, split, strict=True):
-        expected = dl_norm.sequence_weights(
-            torch.tensor(lengths, dtype=torch.int64), "delta_l", max_length=MAX_LENGTH
-        )
-        torch.testing.assert_close(result["weights alone"], expected, rtol=1.2e-7, atol=0.0)
+        expected = dl_norm.sequence_weights(torch.tensor(lengths, dtype=torch.int64), **METHOD)
+        torch.testing.assert_close(result[key], expected, rtol=1.2e-7, atol=0.0)
 
 
-def test_reweighted_advantages_are_those_of_the_whole_batch(ranks):
-    results, whole, _ = ranks
+def test_reweighted_advantages_are_those_of_the_whole_batch(case):
+    results, whole, _ = case
     expected = dl_norm.reweight_advantages(whole["advantages"], whole["lengths"], alpha=0.75)
     got = torch.cat([result["advantages"] for result in results])
     # A factor rounded to float32, then one product.
     torch.testing.assert_close(got, expected, rtol=2.4e-7, atol=0.0)
 
 
-def test_the_losses_of_the_ranks_add_up(ranks):
-    results, whole, _ = ranks
-    loss, _, _ = single_process(whole)
-    for result in results:
-        # A sum of at most 40 float32 terms of size 1 times weights of at most 1 / MAX_LENGTH.
-        torch.testing.assert_close(result["loss"], loss, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_a_missing_or_wrong_group_is_refused(ranks, folder):
+    """Nothing is ever summed over this process alone in silence."""
+    for results in run_ranks(ranks, folder):
+        errors = results["errors"]
+        assert "not initialised" in errors["destroyed"]
+        assert "TypeError" in errors["mesh"] and "get_group()" in errors["mesh"]
+        without = {key: error for key, error in errors.items() if key.startswith("no group")}
+        assert len(without) == 4
+        if ranks == 1:  # one process has the whole batch
+            assert not any(without.values()) and not errors["not a member"]
+        else:
+            assert all(f"ValueError: {ranks} processes" in error for error in without.values())
+            assert "not in the group" in errors["not a member"]
 
 
-@pytest.mark.parametrize(
-    "key", ["gradients", "gradients of micro-batches", "gradients of delta_l_loss"]
-)
-def test_ddp_gradients_are_those_of_one_process(ranks, key):
-    """Averaging over ranks included; accumulated under no_sync too. Float32 sums in another
-    order: relative to the largest entry of each gradient."""
-    results, whole, _ = ranks
-    _, _, expected = single_process(whole)
-    for result in results:
-        for got, want in zip(result[key], expected, strict=True):
-            assert want.abs().max() > 1e-3
-            torch.testing.assert_close(got, want, rtol=0.0, atol=1e-6 * float(want.abs().max()))
-
-
-def test_metrics_all_reduce(ranks):
-    results, whole, split = ranks
+def test_metrics_all_reduce(case):
+    results, whole, split = case
     _, metrics, _ = single_process(whole)
     want = metrics.summary()
     for result in results:
@@ -266,18 +401,15 @@ def test_metrics_all_reduce(ranks):
     assert own == [float(sum(lengths)) for lengths in split], "all_reduce leaves its operand alone"
 
 
-def test_metrics_add_up_over_micro_batches_as_over_ranks(ranks):
-    _, whole, _ = ranks
+def test_metrics_add_up_over_micro_batches_as_over_ranks(case):
+    _, whole, _ = case
     model = Policy()
-    weights = dl_norm.sequence_weights(whole["lengths"], "delta_l", max_length=MAX_LENGTH)
+    weights = dl_norm.sequence_weights(whole["lengths"], **METHOD)
     _, together, _ = single_process(whole)
-    parts = [
-        loss_of(model, {k: v[i : i + 1] for k, v in whole.items()}, weights[i : i + 1], True)[1]
-        for i in range(len(weights))
-    ]
+    parts = [loss_of(model, *piece, metrics=True)[1] for piece in pieces(whole, weights, 4)]
     total = functools.reduce(lambda a, b: a + b, copy.copy(parts))
     torch.testing.assert_close(total.summary(), together.summary(), rtol=1e-6, atol=1e-7)
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -215,7 +215,7 @@ def test_masked_positions_may_hold_anything(make_case, impl, on_gpu, options, mo
         tensor[masked] = float("nan")
     case.token_ids[masked] = -100
     if on_gpu:
-        monkeypatch.setattr("dl_norm.linear.values_are_free", lambda tensor: False)
+        monkeypatch.setattr("dl_norm.linear_chunks.values_are_free", lambda tensor: False)
     loss, grads = run(case, impl, chunk_size=4, **options)
     torch.testing.assert_close(loss, expected[0], rtol=2e-6, atol=0)
     assert not grads[0][masked].any()
@@ -225,15 +225,15 @@ def test_masked_positions_may_hold_anything(make_case, impl, on_gpu, options, mo
 
 def rows_multiplied(monkeypatch):
     """A list that fills with the rows of every product with the head."""
-    from dl_norm import linear
+    from dl_norm import linear_chunks
 
-    rows, original = [], linear._logits
+    rows, original = [], linear_chunks._logits
 
     def counting(hidden, *args):
         rows.append(hidden.shape[0])
         return original(hidden, *args)
 
-    monkeypatch.setattr(linear, "_logits", counting)
+    monkeypatch.setattr(linear_chunks, "_logits", counting)
     return rows
 
 
@@ -252,7 +252,7 @@ def test_dropped_tokens_are_not_multiplied(make_case, impl, monkeypatch):
     assert sum(rows) == counted  # but it has a log-prob
     assert (outputs.log_probs[1] != 0).equal(case.mask[1])
 
-    monkeypatch.setattr("dl_norm.linear.values_are_free", lambda tensor: False)
+    monkeypatch.setattr("dl_norm.linear_chunks.values_are_free", lambda tensor: False)
     for options, number in (
         ({}, 48),
         ({"max_tokens": used + 3}, used + 3),

@@ -109,7 +109,7 @@ def test_on_policy_ratio_over_other_chunks(tensors, impl, dtype, bound):
 def test_compaction_without_reading_values(tensors, impl, options, monkeypatch):
     hidden, head, ids, mask = tensors()
     expected = token_log_probs(hidden, ids, head, mask=mask, impl=impl)
-    monkeypatch.setattr("dl_norm.linear.values_are_free", lambda tensor: False)
+    monkeypatch.setattr("dl_norm.linear_chunks.values_are_free", lambda tensor: False)
     result = token_log_probs(hidden, ids, head, mask=mask, impl=impl, **options)
     torch.testing.assert_close(result, expected, rtol=2e-6, atol=2e-6)
     assert not result[~mask].any()

@@ -7,6 +7,9 @@ the reference's log-probs, and logs the same metrics under the same names. Use i
     args = DeltaLGRPOConfig(output_dir="out", aggregation="delta_l", alpha=0.75)
     DeltaLGRPOTrainer(model=..., reward_funcs=..., args=args, train_dataset=...).train()
 
+With ``fused_lm_head=True`` the loss goes from the last hidden states straight to their gradient
+(``dl_norm.linear_policy_loss``), with three matrix products in the head instead of four.
+
 The weights of the sequences are computed once per generation batch, over all its sequences on all
 processes, right after generation, and travel with the sequences through TRL's shuffling and
 splitting. No micro-batch ever normalises by what it happens to see.
@@ -20,17 +23,17 @@ of mixtures of experts. What cannot be kept raises ValueError at construction.
 from __future__ import annotations
 
 import importlib.metadata
-import math
-from collections import defaultdict
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch import Tensor
 
 import dl_norm
-from dl_norm.options import PolicyLossOptions
-from dl_norm.weights import METHODS
+from dl_norm.linear import linear_policy_loss
+from dl_norm.scaling import gradient_scale
+from dl_norm.token_log_probs import token_log_probs
 
 _INSTALL = "pip install 'dl-norm[trl]'"
 try:
@@ -46,169 +49,46 @@ if not Version("1.16") <= Version(_TRL_VERSION) < Version("1.17"):
         f"{_INSTALL}"
     )
 
-from trl.trainer.grpo_config import GRPOConfig  # noqa: E402  (after the version is checked)
+from accelerate.utils import is_peft_model  # noqa: E402  (after the version is checked)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import get_config_model_id  # noqa: E402
 
-__all__ = ["DeltaLGRPOConfig", "DeltaLGRPOTrainer", "micro_batch_scale"]
+from .trl_config import DeltaLGRPOConfig, check_options, policy_loss_options  # noqa: E402
+from .trl_fused import add_loss_head  # noqa: E402
+from .trl_metrics import MetricRecords, clip_record  # noqa: E402
 
-SEQUENCE_WEIGHTS = "sequence_weights"  # key of the (B,) weights in TRL's batch dictionary
+__all__ = ["DeltaLGRPOConfig", "DeltaLGRPOTrainer"]
 
-# Options that the loss here cannot follow, and what to do instead. Each must keep TRL's default.
-_REFUSED = {
-    "importance_sampling_level": (
-        "the loss uses one ratio per token; use 'token', or GRPOTrainer for sequence-level ratios"
-    ),
-    "use_adaptive_entropy": (
-        "the adaptive entropy controller is not supported; use a constant entropy_coef"
-    ),
-    **dict.fromkeys(
-        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-        "it only steers the adaptive entropy controller, which is not supported; leave it unset",
-    ),
-    **dict.fromkeys(
-        ("sapo_temperature_neg", "sapo_temperature_pos"),
-        "it belongs to the token loss of SAPO; use GRPOTrainer with loss_type='sapo'",
-    ),
-    **dict.fromkeys(
-        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-        "it belongs to the token loss of VESPO; use GRPOTrainer with loss_type='vespo'",
-    ),
-}
+# Keys in TRL's batch dictionary
+SEQUENCE_WEIGHTS = "sequence_weights"  # (B,) weights
+LOSS_TOKENS = "loss_tokens"  # int, how many tokens of the micro-batch count
 
 
-@dataclass
-class DeltaLGRPOConfig(GRPOConfig):
-    r"""``trl.GRPOConfig`` with the choice of how token losses are aggregated.
-
-    Args:
-        aggregation: "delta_l" (default), "grpo", "dapo" or "dr_grpo". The last three give the loss
-            and the gradients of TRL's ``loss_type`` of that name.
-        alpha: exponent of "delta_l", x_i = (1/M) L_i^-alpha / sum_j L_j^-alpha, with
-            M = ``max_completion_length``. 1 has the least variance, 0 is Dr. GRPO; the paper uses
-            1 and 0.75.
-        loss_type: leave it unset (None). ``aggregation`` takes its place; a value that disagrees
-            with it raises.
-
-    Raises:
-        ValueError: an option that the loss cannot follow, saying which, why and what to do.
-    """
-
-    aggregation: str = field(
-        default="delta_l",
-        metadata={
-            "help": "How token losses become one loss: 'delta_l', 'grpo', 'dapo' or 'dr_grpo'."
-        },
-    )
-    alpha: float = field(
-        default=1.0,
-        metadata={"help": "Exponent of aggregation 'delta_l': weights proportional to L^-alpha."},
-    )
-    loss_type: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=None,
-        metadata={"help": "Not used: `aggregation` takes its place. Raises when they disagree."},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_options(self)
-
-
-def _check_options(args: DeltaLGRPOConfig) -> None:
-    if args.aggregation not in METHODS:
-        raise ValueError(
-            f"aggregation must be one of {', '.join(METHODS)}; got {args.aggregation!r}"
-        )
-    if not (math.isfinite(args.alpha) and args.alpha >= 0):
-        raise ValueError(f"alpha must be a finite number >= 0; got {args.alpha!r}")
-    if args.aggregation != "delta_l" and args.alpha != 1.0:
-        raise ValueError(
-            f"alpha={args.alpha!r} has no meaning for aggregation={args.aggregation!r}; leave it "
-            "unset, or use aggregation='delta_l'"
-        )
-    if args.loss_type is not None and args.loss_type != args.aggregation:
-        raise ValueError(
-            f"loss_type={args.loss_type!r} disagrees with aggregation={args.aggregation!r}, which "
-            "takes its place: leave loss_type unset and set aggregation to one of "
-            f"{', '.join(METHODS)}; for any other loss_type use trl's GRPOTrainer"
-        )
-    if not args.max_completion_length and args.aggregation in ("delta_l", "dr_grpo"):
-        raise ValueError(
-            f"max_completion_length={args.max_completion_length!r}, but aggregation="
-            f"{args.aggregation!r} divides by it (the M of the formula): set max_completion_length"
-        )
-    try:
-        PolicyLossOptions(
-            eps_low=args.epsilon,
-            eps_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-            delta=args.delta,
-            beta=args.beta,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"epsilon, epsilon_high, delta or beta is out of range: {error}"
-        ) from error
-    defaults = {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
-    for name, reason in _REFUSED.items():
-        value = getattr(args, name)
-        if value != defaults[name]:
-            raise ValueError(f"{name}={value!r} is not supported: {reason}")
-
-
-def micro_batch_scale(
-    num_processes: int, steps_per_generation: int, accumulation_steps: int
-) -> float:
-    r"""Factor on a micro-batch's weighted sum of token losses, so that an optimizer step is right.
-
-    P processes generate G sequences and split them into S = ``steps_per_generation`` micro-batches
-    of b sequences on each process: G = P S b. The weights x_i belong to the generation batch, whose
-    loss is L = sum_{i=1..G} x_i sum_t l_it. An optimizer step sees a window of
-    A = ``accumulation_steps`` micro-batches per process, that is P A b sequences, and what the
-    trainer does to the loss l_pm of micro-batch m on process p is
-
-        gradient of the step = (1/P) sum_p sum_{m in window} grad l_pm
-
-    (1/P because gradients are averaged over processes; no 1/A, because GRPOTrainer sets
-    ``loss_is_scaled_for_ga`` and accelerate is given one accumulation step). With
-
-        l_pm = P (S/A) sum_{i in micro-batch} x_i sum_t l_it
-
-    the step's gradient is (S/A) sum_{i in window} x_i grad sum_t l_it. For A = S that is exactly
-    grad L. Otherwise S/A turns the window's share into an estimate of the whole: the average over
-    the S/A steps that use up one generation batch (S > A) is grad L, and a window of several
-    generation batches (S < A) has the average of their A/S gradients. At the end of an epoch A is
-    the number of micro-batches left. An evaluation batch is used up where it is generated:
-    S = A = 1.
-
-    With x_i = 1/(G L_i), 1/(G M) and 1/sum_j L_j, l_pm is 1/(A b L_i), 1/(A b M) and
-    P S/(A sum_j L_j) times the token losses: TRL's ``loss_type`` "grpo", "dr_grpo" and "dapo", for
-    every P, S, A and b, since TRL's micro-batches all have b sequences.
-    """
-    return num_processes * steps_per_generation / accumulation_steps
-
-
-def _loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     """(B, T) integer mask of the tokens that count: completion tokens that the policy wrote."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _generation_batch_weights(
-    lengths: torch.Tensor, aggregation: str, alpha: float, max_length: int | None
-) -> torch.Tensor:
+    lengths: Tensor, aggregation: str, alpha: float, max_length: int | None
+) -> Tensor:
     """(G,) weights of all sequences of a generation batch from their (G,) lengths.
 
     ``dl_norm.sequence_weights`` leaves empty sequences (fully masked, as by
-    ``mask_truncated_completions``) out of G; TRL's "grpo" and "dr_grpo" divide by all sequences, so
-    for these two the weights shrink by the share of sequences that are not empty.
+    ``mask_truncated_completions``) out of G; TRL's "grpo", "dr_grpo" and "luspo" divide by all
+    sequences, so for these the weights shrink by the share of sequences that are not empty.
     """
     if aggregation == "delta_l":
-        return dl_norm.sequence_weights(lengths, alpha=alpha, max_length=max_length)
+        return dl_norm.sequence_weights(lengths, alpha=alpha, max_length=max_length, group="local")
     if aggregation == "dapo":
-        return dl_norm.sequence_weights(lengths, "dapo")
+        return dl_norm.sequence_weights(lengths, "dapo", group="local")
     share = (lengths > 0).float().mean()
     max_length = max_length if aggregation == "dr_grpo" else None
-    return share * dl_norm.sequence_weights(lengths, aggregation, max_length=max_length)
+    return share * dl_norm.sequence_weights(
+        lengths, aggregation, max_length=max_length, group="local"
+    )
 
 
 class DeltaLGRPOTrainer(GRPOTrainer):
@@ -240,9 +120,27 @@ class DeltaLGRPOTrainer(GRPOTrainer):
                 f"args must be a DeltaLGRPOConfig; got {type(args).__name__}: build "
                 "DeltaLGRPOConfig with the same options, without loss_type"
             )
-        _check_options(args)  # again: fields may have been changed since the config was built
-        self._gathered: dict[str, list[dict[tuple[str, str], torch.Tensor]]] = defaultdict(list)
+        check_options(args)  # again: fields may have been changed since the config was built
+        self._records = MetricRecords()
         super().__init__(model, reward_funcs, args, *more, **options)
+        if args.fused_lm_head:
+            self._fuse_head()
+
+    def _fuse_head(self) -> None:
+        refused = {
+            "images or other non-text inputs": self._is_vlm,
+            "a load-balancing loss (set router_aux_loss_coef=0.0)": self.aux_loss_enabled,
+            "DeepSpeed ZeRO stage 3 (use FSDP2)": is_deepspeed_zero3_enabled(),
+        }
+        for what, present in refused.items():
+            if present:
+                raise ValueError(
+                    f"fused_lm_head=True does not support {what}; or use fused_lm_head=False"
+                )
+        for model in filter(None, (self.model, self.ref_model)):
+            model = self.accelerator.unwrap_model(model)
+            model = model.get_base_model() if is_peft_model(model) else model
+            add_loss_head(model, self.temperature, self.args.cast_lm_head_to_fp32)
 
     def _generate_and_score_completions(self, inputs):
         """TRL's batch plus the (B,) weights of its sequences, out of all processes' sequences."""
@@ -258,6 +156,20 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         batch[SEQUENCE_WEIGHTS] = weights[start : start + local.numel()]
         return batch
 
+    def _prepare_inputs(self, generation_batch):
+        """TRL's micro-batch; with the fused head its token count too, as a number on the host.
+
+        Counted for all micro-batches of a generation at once, when generation has just ended and
+        nothing waits on the device: the head can then leave out masked tokens without a sync.
+        """
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.args.fused_lm_head and LOSS_TOKENS not in inputs:
+            micro_batches: Any = self._buffered_inputs if self.model.training else [inputs]
+            counts = torch.stack([_loss_mask(batch).sum() for batch in micro_batches]).tolist()
+            for batch, count in zip(micro_batches, counts, strict=True):
+                batch[LOSS_TOKENS] = int(count)
+        return inputs
+
     def _compute_loss(self, model, inputs):
         if SEQUENCE_WEIGHTS not in inputs:
             raise ValueError(
@@ -266,43 +178,33 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             )
         train = self.model.training
         accumulation_steps = self.current_gradient_accumulation_steps if train else 1
-        steps_per_generation = self.args.steps_per_generation if train else 1
-        assert steps_per_generation is not None  # GRPOConfig always sets it
-        weights = inputs[SEQUENCE_WEIGHTS] * micro_batch_scale(
-            self.accelerator.num_processes, steps_per_generation, accumulation_steps
+        # Gradients are averaged over processes and nobody divides by the accumulation steps:
+        # GRPOTrainer sets `loss_is_scaled_for_ga`. An evaluation batch is used where it was made.
+        weights = inputs[SEQUENCE_WEIGHTS] * gradient_scale(
+            num_processes=self.accelerator.num_processes,
+            accumulation_steps=accumulation_steps,
+            micro_batches_per_generation=self.args.steps_per_generation if train else 1,
         )
         mask = _loss_mask(inputs)
-        log_probs, entropies, aux_loss = self._score(model, inputs)
-        old_log_probs = inputs.get("old_per_token_logps")  # None: on-policy, the ratio is 1
-        entropy_mask = (
-            self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
-            if self.top_entropy_quantile < 1.0
-            else None
-        )
-
-        # The bias-corrected KL is multiplied by the differentiable ratio: a term of its own.
-        corrected = self.beta != 0.0 and self.args.use_bias_correction_kl
-        loss: Any = dl_norm.policy_loss(
-            log_probs,
-            old_log_probs,
-            inputs["advantages"],
-            mask,
-            weights,
-            eps_low=self.epsilon_low,
-            eps_high=self.epsilon_high,
-            delta=self.args.delta,
-            ref_log_probs=None if corrected else inputs.get("ref_per_token_logps"),
-            beta=0.0 if corrected else self.beta,
-            rollout_weights=self._rollout_weights(log_probs, inputs, mask, entropy_mask),
-        )
-        kl = self._token_kl(log_probs, inputs, mask) if self.beta != 0.0 else None
-        if corrected:
-            loss = loss + self.beta * (weights.unsqueeze(1) * kl).sum()
-
-        record = self._clip_statistics(log_probs.detach(), inputs, mask)
-        record["token_mean", "entropy"] = (entropies.detach() * mask).sum()
-        if kl is not None:
-            record["token_mean", "kl"] = kl.detach().sum()
+        if self.args.fused_lm_head:
+            loss, log_probs, entropies = self._fused_loss(model, inputs, mask, weights)
+            aux_loss = entropy_mask = None
+        else:
+            log_probs, entropies, aux_loss = self._score(model, inputs)
+            entropy_mask = (
+                self._entropy_mask(entropies, mask) if self._entropy_bonus_enabled else None
+            )
+            loss = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
+        log_probs, entropies_seen = log_probs.detach(), entropies.detach()
+        if train:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "on_policy_loss"):  # of trl_monitor
+                    callback.on_policy_loss(self, log_probs, mask, inputs)
+        ratio = self._ratio(log_probs, inputs, mask)
+        record = clip_record(ratio, inputs["advantages"], mask, self.args)
+        record["token_mean", "entropy"] = (entropies_seen * mask).sum()
+        if self.beta != 0.0:
+            record["token_mean", "kl"] = self._token_kl(log_probs, ratio, inputs, mask).sum()
         if self._entropy_bonus_enabled:
             # TRL logs the policy part without the division by accumulation_steps, "dapo" with it.
             undo = 1 if self.args.aggregation == "dapo" else accumulation_steps
@@ -312,17 +214,161 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             loss = loss - self.entropy_coef * entropy / accumulation_steps
             if train and self.accelerator.sync_gradients:
                 self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
-        if self.aux_loss_enabled:
+        if aux_loss is not None:
             record["mean", "aux_loss"] = aux_loss.detach()
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation_steps
-        # One gather per micro-batch, and none in `log`, which a callback may call on one process.
-        everywhere = self.accelerator.gather(
-            torch.stack([value.float() for value in record.values()]).unsqueeze(0)
-        )
-        self._gathered["train" if train else "eval"].append(
-            dict(zip(record, everywhere.unbind(dim=1), strict=True))
-        )
+        self._records.add("train" if train else "eval", record, self.accelerator.gather)
         return loss
+
+    def _loss_of_log_probs(self, log_probs, entropies, inputs, mask, weights) -> Tensor:
+        """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy."""
+        return dl_norm.policy_loss(
+            log_probs,
+            **self._loss_arguments(inputs, mask, weights),
+            **self._drop_masks(log_probs.detach(), entropies, inputs, mask),
+        )
+
+    def _loss_arguments(self, inputs, mask, weights) -> dict[str, Any]:
+        """What ``policy_loss`` and ``linear_policy_loss`` are told before log-probs are known."""
+        rollout_weights = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            ratio = inputs["importance_sampling_ratio"]  # (B, T), or (B, 1)
+            rollout_weights = ratio.squeeze(1) if ratio.size(1) == 1 else ratio
+        return {
+            "old_log_probs": inputs.get("old_per_token_logps"),  # None: on-policy, the ratio is 1
+            "advantages": inputs["advantages"],
+            "mask": mask,
+            "weights": weights,
+            "ref_log_probs": inputs.get("ref_per_token_logps"),
+            "rollout_weights": rollout_weights,
+            **policy_loss_options(self.args),
+        }
+
+    def _drop_masks(self, log_probs, entropies, inputs, mask) -> dict[str, Any]:
+        """Masks of ``policy_loss`` that depend on the current policy; what is 0 keeps its KL."""
+        masks: dict[str, Any] = {
+            "entropy_mask": self._entropy_mask(entropies, mask),
+            "sequence_mask": None,
+        }
+        if self.off_policy_mask_threshold is not None:
+            advantages = inputs["advantages"]
+            per_sequence = advantages.dim() == 1
+            old_log_probs = inputs.get("old_per_token_logps", log_probs)
+            keep = self.get_off_policy_mask(
+                advantages=advantages.unsqueeze(1) if per_sequence else advantages,
+                per_token_logps=log_probs,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_log_probs),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+            if per_sequence:
+                masks["sequence_mask"] = keep.squeeze(1)
+            else:
+                high = masks["entropy_mask"]
+                masks["entropy_mask"] = keep if high is None else keep * high
+        return masks
+
+    def _entropy_mask(self, entropies, mask) -> Tensor | None:
+        """(B, T) bool: the tokens of highest entropy, on all processes; None: all tokens."""
+        if self.top_entropy_quantile == 1.0:
+            return None
+        return self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
+
+    def _fused_loss(self, model, inputs, mask, weights) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss from the last hidden states; detached log-probs and entropies, (B, T) each.
+
+        Where an option needs the current policy's log-probs or entropies before the loss of any
+        token is known, the head's logits are computed twice: four matrix products, as elsewhere.
+        """
+        ids = inputs["completion_ids"]
+        rows = slice(-ids.size(1) - 1, -1)  # position t predicts token t + 1
+        outputs: list[Any] = []
+        size = {
+            "chunk_size": self.args.fused_lm_head_chunk_size,
+            "max_tokens": inputs.get(LOSS_TOKENS),
+        }
+
+        def one_pass(hidden, weight, **head) -> Tensor:
+            result: Any = linear_policy_loss(
+                hidden[:, rows], weight, ids,
+                **self._loss_arguments(inputs, mask, weights),
+                **head, **size, entropy=True, return_log_probs=True,
+            )  # fmt: skip
+            loss, seen = result
+            outputs.extend([loss.detach(), seen.log_probs, seen.entropy])
+            return loss
+
+        def two_passes(hidden, weight, **head) -> Tensor:
+            log_probs, entropies = token_log_probs(
+                hidden[:, rows], ids, weight, mask=mask, **head, **size, entropy=True
+            )
+            leaf = log_probs.detach().requires_grad_(torch.is_grad_enabled())
+            loss = self._loss_of_log_probs(leaf, entropies, inputs, mask, weights)
+            outputs.extend([loss.detach(), log_probs, entropies])
+            if not torch.is_grad_enabled():
+                return loss
+            # An on-policy loss of advantage -g/x and weight x has the gradient g at the log-prob.
+            (grad,) = torch.autograd.grad(loss, leaf)
+            tiny = torch.finfo(weights.dtype).tiny  # where the weight is 0, so is g
+            advantages = -grad / weights.unsqueeze(1).clamp(min=tiny)
+            second: Any = linear_policy_loss(
+                hidden[:, rows], weight, ids, None, advantages, mask, weights, **head, **size
+            )
+            return second
+
+        loss_head = two_passes if self._needs_log_probs_first() else one_pass
+        loss = self._run_model(
+            model,
+            torch.cat([inputs["prompt_ids"], ids], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            loss_head,
+        )
+        value, log_probs, entropies = outputs
+        # The value in float32, whatever mixed precision makes of the output of a module.
+        return loss + (value - loss).detach(), log_probs, entropies
+
+    def _needs_log_probs_first(self) -> bool:
+        return (
+            self.off_policy_mask_threshold is not None
+            or self.top_entropy_quantile < 1.0
+            or self.args.importance_sampling_level == "sequence"
+        )
+
+    def _run_model(self, model, input_ids, attention_mask, loss_head: Callable) -> Tensor:
+        with self.accelerator.autocast():
+            return model(input_ids=input_ids, attention_mask=attention_mask, loss_head=loss_head)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *more, **options
+    ):
+        """TRL's; without gradient and with the fused head, by the code that the loss uses.
+
+        So the old policy's log-probs are those that the loss compares them with.
+        """
+        if not self.args.fused_lm_head or torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, *more, **options
+            )
+        outputs = []
+        rows = slice(-logits_to_keep - 1, -1)
+        for ids, attended in zip(
+            input_ids.split(batch_size or len(input_ids)),
+            attention_mask.split(batch_size or len(input_ids)),
+            strict=True,
+        ):
+
+            def score(hidden, weight, *, ids=ids, attended=attended, **head) -> Tensor:
+                log_probs, entropies = token_log_probs(
+                    hidden[:, rows], ids[:, -logits_to_keep:], weight, entropy=True, **head,
+                    mask=attended[:, -logits_to_keep:], compact=True,
+                    chunk_size=self.args.fused_lm_head_chunk_size,
+                )  # fmt: skip
+                outputs.append((log_probs, entropies))
+                return log_probs
+
+            self._run_model(model, ids, attended, score)
+        log_probs, entropies = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+        return log_probs, entropies, None
 
     def _score(self, model, inputs):
         """TRL's per-token log-probs (B, T), entropies (B, T) and auxiliary loss (or None)."""
@@ -349,93 +395,23 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             **{name: inputs.get(name) for name in multimodal},
         )
 
-    def _rollout_weights(self, log_probs, inputs, mask, entropy_mask) -> torch.Tensor | None:
-        """Product of what TRL multiplies the clipped token loss with: (B,), (B, T) or None."""
-        factors = []
-        if self.off_policy_mask_threshold is not None:
-            advantages = inputs["advantages"]
-            old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())
-            factors.append(
-                self.get_off_policy_mask(
-                    advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
-                    per_token_logps=log_probs,
-                    sampling_per_token_logps=inputs.get("sampling_per_token_logps", old_log_probs),
-                    mask=mask,
-                    off_policy_threshold=self.off_policy_mask_threshold,
-                )
-            )
-        if entropy_mask is not None:
-            factors.append(entropy_mask)
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            factors.append(inputs["importance_sampling_ratio"])
-        if not factors:
-            return None
-        product = math.prod(factors[1:], start=factors[0].float())
-        return product.squeeze(1) if product.size(1) == 1 else product
-
-    def _token_kl(self, log_probs, inputs, mask) -> torch.Tensor:
-        """(B, T) k3 estimate of the KL to the reference, 0 where masked.
-
-        With TRL's bias correction it is times the ratio, and both factors have a gradient.
-        """
-        log_probs = log_probs if self.args.use_bias_correction_kl else log_probs.detach()
-        difference = inputs["ref_per_token_logps"] - log_probs
-        difference = difference.masked_fill(mask == 0, 0.0)
-        kl = torch.exp(difference) - difference - 1
-        if not self.args.use_bias_correction_kl:
-            return kl
-        return kl * torch.exp(self._log_ratio(log_probs, inputs, mask))
-
-    def _log_ratio(self, log_probs, inputs, mask) -> torch.Tensor:
+    def _ratio(self, log_probs, inputs, mask) -> Tensor:
+        """(B, T) ratio to the old policy, or (B, 1) of whole sequences; for the metrics."""
         old_log_probs = inputs.get("old_per_token_logps")
-        if old_log_probs is None:
-            old_log_probs = log_probs.detach()
-        return (log_probs - old_log_probs).masked_fill(mask == 0, 0.0)
+        old_log_probs = log_probs if old_log_probs is None else old_log_probs
+        log_ratio = (log_probs - old_log_probs).masked_fill(mask == 0, 0.0)
+        if self.args.importance_sampling_level == "sequence":
+            log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return log_ratio.exp()
 
-    def _clip_statistics(self, log_probs, inputs, mask) -> dict[tuple[str, str], torch.Tensor]:
-        """Sums and extremes of this micro-batch behind TRL's clip metrics, on the device."""
-        ratio = torch.exp(self._log_ratio(log_probs, inputs, mask))
-        if self.args.delta is not None:
-            ratio = ratio.clamp(max=self.args.delta)
-        advantages = inputs["advantages"]
-        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        low = ((ratio < 1 - self.epsilon_low) & (advantages < 0)) * mask
-        high = ((ratio > 1 + self.epsilon_high) & (advantages > 0)) * mask
-        lengths = mask.sum(dim=1)
-        low_counts, high_counts = low.sum(dim=1), high.sum(dim=1)
-        empty = lengths == 0  # have no clip ratio: left out of minimum and maximum
-        lowest = (low_counts / lengths).masked_fill(empty, torch.inf).amin()
-        highest = (high_counts / lengths).masked_fill(empty, -torch.inf).amax()
-        return {
-            ("sum", "tokens"): lengths.sum(),
-            ("token_mean", "clip_ratio/low_mean"): low_counts.sum(),
-            ("token_mean", "clip_ratio/high_mean"): high_counts.sum(),
-            ("token_mean", "clip_ratio/region_mean"): low_counts.sum() + high_counts.sum(),
-            ("min", "clip_ratio/low_min"): lowest,
-            ("max", "clip_ratio/high_max"): highest,
-        }
-
-    def _reduce_metrics(self, mode: str) -> None:
-        """Put the metrics of the micro-batches since the last log where TRL logs them from.
-
-        One copy to the host for all of them; each record holds one value per process.
-        """
-        records = self._gathered.pop(mode, [])
-        if not records:
-            return
-        columns = {key: torch.stack([r[key] for r in records], dim=1) for key in records[0]}
-        tokens = columns.pop(("sum", "tokens")).sum(dim=0).clamp(min=1.0)
-        reduce = {
-            "token_mean": lambda values: values.sum(dim=0) / tokens,
-            "mean": lambda values: values.nanmean(dim=0),
-            "min": lambda values: values.amin(dim=0),
-            "max": lambda values: values.amax(dim=0),
-        }
-        reduced = torch.stack([reduce[kind](values) for (kind, _), values in columns.items()])
-        for (_, name), values in zip(columns, reduced.tolist(), strict=True):
-            # infinite: no process had a token. TRL's log leaves NaN out of its averages.
-            self._metrics[mode][name] += [v if math.isfinite(v) else math.nan for v in values]
+    def _token_kl(self, log_probs, ratio, inputs, mask) -> Tensor:
+        """(B, T) KL to the reference as TRL logs it, 0 where masked."""
+        difference = (inputs["ref_per_token_logps"] - log_probs).masked_fill(mask == 0, 0.0)
+        kl = torch.exp(difference) - difference - 1
+        return kl * ratio if self.args.use_bias_correction_kl else kl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._reduce_metrics("train" if self.model.training else "eval")
+        mode = "train" if self.model.training else "eval"
+        for name, values in self._records.pop(mode).items():
+            self._metrics[mode][name] += values
         super().log(logs, start_time)

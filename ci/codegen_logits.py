@@ -1,0 +1,215 @@
+"""Compiles every shipped configuration of the row kernel offline and reads the machine code.
+
+    python ci/codegen_logits.py [--target sm_90] [--json FILE]
+
+Like ci/codegen.py, on whose recording of launches it builds: the launcher of the package runs
+unchanged, so types, alignment and every other attribute of an argument are those of a real launch.
+"""
+
+from __future__ import annotations
+
+import codegen  # first: it sets up Triton and the path
+
+# isort: split
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from dl_norm.logits_closed_form import RowOutputs, RowSettings
+from dl_norm.logits_launch import logits_pass
+from dl_norm.options import PolicyLossOptions
+from dl_norm.token_rows import TokenRows
+
+KERNEL = "logits_policy_loss_kernel"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: what a caller passes, not the flags that the launcher makes of it."""
+
+    name: str
+    dtype: str = "bfloat16"
+    grad: str | None = "bfloat16"
+    loss: bool = True
+    old: bool = True
+    ref: bool = False
+    rollout: bool = False
+    softcap: bool = False
+    entropy: bool = False
+    metrics: bool = False
+    surrogate: str = "clip"
+    bias_corrected_kl: bool = False
+    huge: bool = False  # 4 GB of logits: beyond 32-bit offsets
+
+
+# Every flag alone with bfloat16, the dtypes with each other, and the union of all flags, where
+# register pressure is highest.
+_EVERYTHING = {
+    "ref": True, "rollout": True, "softcap": True, "entropy": True, "metrics": True,
+    "surrogate": "sapo", "bias_corrected_kl": True,
+}  # fmt: skip
+_FP16 = {"dtype": "float16", "grad": "float16"}
+_FP32 = {"dtype": "float32", "grad": "float32"}
+CASES = (
+    Case("bf16"),
+    Case("bf16 beyond 2 GiB", huge=True),
+    Case("bf16 no old", old=False),
+    Case("bf16 ref, rollout", ref=True, rollout=True),
+    Case("bf16 softcap", softcap=True),
+    Case("bf16 cispo", surrogate="cispo"),
+    Case("bf16 sapo", surrogate="sapo"),
+    Case("bf16 entropy", entropy=True),
+    Case("bf16 metrics", metrics=True),
+    Case("bf16 everything", **_EVERYTHING),
+    Case("bf16 everything beyond 2 GiB", huge=True, **_EVERYTHING),
+    Case("bf16 no grad", grad=None),
+    Case("bf16 log-probs", grad=None, loss=False, old=False),
+    Case("bf16 log-probs, entropy", grad=None, loss=False, old=False, entropy=True),
+    Case("fp16", **_FP16),
+    Case("fp16 everything", **_FP16, **_EVERYTHING),
+    Case("fp32", **_FP32),
+    Case("fp32 everything", **_FP32, **_EVERYTHING),
+    Case("fp32 log-probs, entropy", "float32", None, loss=False, old=False, entropy=True),
+    Case("fp32 to bf16", dtype="float32"),
+    Case("fp32 to bf16 everything", dtype="float32", **_EVERYTHING),
+)
+
+
+def launch_case(
+    case: Case, tokens: int = 5, vocabulary: int = 1000, strides: tuple[int, int] | None = None
+) -> None:
+    """Calls the launcher as the public functions would for this case."""
+
+    def tensor(*shape: int, dtype: str = "float32") -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+    if case.huge:
+        tokens, vocabulary = 2**14, 2**17
+    logits = tensor(tokens, vocabulary, dtype=case.dtype)
+    if strides is not None:
+        logits = logits.as_strided((1, tokens, vocabulary), (*strides, 1))
+    grad = None
+    if case.grad is not None:
+        same = case.grad == case.dtype and strides is None  # in place
+        grad = logits if same else tensor(tokens, vocabulary, dtype=case.grad)
+    rows = TokenRows(
+        token_ids=tensor(tokens, dtype="int64"),
+        active=tensor(tokens, dtype="bool"),
+        advantages=tensor(tokens) if case.loss else None,
+        weights=tensor(tokens) if case.loss else None,
+        old_log_probs=tensor(tokens) if case.old else None,
+        ref_log_probs=tensor(tokens) if case.ref else None,
+        rollout_weights=tensor(tokens) if case.rollout else None,
+    )
+    options = None
+    if case.loss:
+        options = PolicyLossOptions(
+            beta=0.04 if case.ref else 0.0, surrogate=case.surrogate,
+            bias_corrected_kl=case.bias_corrected_kl,
+        )  # fmt: skip
+    settings = RowSettings(0.7, 30.0 if case.softcap else None, options, case.metrics, case.entropy)
+    outputs = RowOutputs.zeros(tokens, settings, logits.device)
+    logits_pass(logits, grad, rows, 0, settings, outputs)
+
+
+def compile_case(case: Case, arch: str) -> dict[str, Any]:
+    """Compiles one case for one target and returns what its machine code says, as plain data."""
+    target = codegen.TARGETS[arch]
+    with codegen.recorded(target) as launches:
+        launch_case(case)
+    (found,) = launches
+    options = {"num_warps": found.num_warps}
+    if limit := re.search(r"'maxnreg': (\d+)", found.key):
+        options["maxnreg"] = int(limit[1])
+    kernel = triton.compile(found.source, target=target, options=options)
+    names = found.source.fn.arg_names
+    constants = {names[path[0]]: value for path, value in found.source.constants.items()}
+    return {
+        "case": asdict(case),
+        "target": arch,
+        "threads": found.num_warps * target.warp_size,
+        "constants": constants,
+        **codegen.read_machine_code(kernel.asm),
+    }
+
+
+# Numbers of tokens and words that a specialising JIT would tell apart.
+SIZES = ((1, 1), (1, 16), (3, 7), (16, 1000), (5, 1003), (1024, 32000), (1, 151936))
+
+
+def count_keys(arch: str) -> dict[str, int]:
+    """JIT cache keys, that is compilations, per case over all sizes and strides."""
+    counts = {}
+    for case in CASES:
+        if case.huge:
+            continue
+        with codegen.recorded(codegen.TARGETS[arch]) as launches:
+            for tokens, vocabulary in SIZES:
+                launch_case(case, tokens, vocabulary)
+                if vocabulary % 8 == 0:
+                    launch_case(case, tokens, vocabulary, ((tokens + 1) * vocabulary, vocabulary))
+        counts[case.name] = len({entry.key for entry in launches})
+    return counts
+
+
+def compile_all(archs: list[str], workers: int = 2) -> list[dict[str, Any]]:
+    jobs = [(case, arch) for case in CASES for arch in archs]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        results = pool.map(compile_case, *zip(*jobs, strict=True))
+        return list(tqdm(results, total=len(jobs), desc="compiling", disable=None))
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    for arch in dict.fromkeys(row["target"] for row in rows):
+        table = Table(title=f"{KERNEL}, {arch}, Triton {triton.__version__}")
+        for column in (
+            "configuration", "threads", "registers", "spilled bytes", "scalar spills", "loads",
+            "stores",
+        ):  # fmt: skip
+            table.add_column(column)
+        for row in (row for row in rows if row["target"] == arch):
+            table.add_row(
+                row["case"]["name"],
+                *(str(row[key]) for key in ("threads", "registers", "spill_bytes")),
+                str(row.get("scalar_spills", 0)),
+                *(
+                    ", ".join(f"{bits} x {count}" for bits, count in row[key].items())
+                    for key in ("loads", "stores")
+                ),
+            )
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", choices=codegen.TARGETS, action="append", help="default: all")
+    parser.add_argument("--json", type=Path, help="also write every result to this file")
+    arguments = parser.parse_args()
+    archs = arguments.target or list(codegen.TARGETS)
+    with tempfile.TemporaryDirectory() as cache:  # fresh: nothing compiled earlier is read
+        os.environ["TRITON_CACHE_DIR"] = cache
+        rows = compile_all(archs)
+    show(rows, Console(width=None if sys.stdout.isatty() else 160))
+    if arguments.json:
+        keys = {arch: count_keys(arch) for arch in archs}
+        arguments.json.write_text(json.dumps({"kernels": rows, "keys": keys}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

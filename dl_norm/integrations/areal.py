@@ -1,0 +1,135 @@
+r"""DeltaL Normalization in AReaL, for an actor that calls ``engine.train_batch`` itself.
+
+Read: AReaL 1.0.4. The hook is ``engine.train_batch(mb, loss_fn, loss_weight_fn)``, with
+``loss_fn(logprobs, entropy, input_data, vocab_min_logits=None, vocab_max_logits=None) -> loss`` and
+``loss_weight_fn(input_data) -> Tensor``. What a user writes in the actor's ``ppo_update``::
+
+    loss = DeltaLLoss(alpha=0.75, max_length=3072, eps_high=0.28, stats=stats_tracker)
+    engine.train_batch(mb, loss_fn=loss, loss_weight_fn=loss.weight)
+
+**Where the weights come from.** AReaL's engine itself: it multiplies the loss of micro-batch m by
+w_m / sum_m w_m, summed over all micro-batches of all data-parallel ranks (and by their number,
+against the averaging of gradients). With w_m = sum_{i in m} L_i^-alpha and the DeltaL loss of the
+micro-batch alone,
+
+    w_m / (sum_m w_m) * sum_{i in m} (1/M) L_i^-alpha / w_m * sum_t l_it,
+
+w_m cancels and what is left is exactly sum_i x_i sum_t l_it over everything that one
+``train_batch`` sees: an optimizer step. With ``ppo_n_minibatches=1`` that is the whole rollout;
+with more each step has its own normaliser. Packed tokens go to the kernel with cu_seqlens, without
+a loop over sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dl_norm
+from dl_norm.options import PolicyLossOptions
+
+
+class DeltaLLoss:
+    """Loss and loss weight of an AReaL micro-batch.
+
+    Args:
+        alpha, max_length: as for :func:`dl_norm.sequence_weights`.
+        eps_low, eps_high, dual_clip: AReaL's eps_clip, eps_clip_higher and c_clip.
+        stats: AReaL's ``stats_tracker``, to log ``entropy``, ``importance_weight``, ``approx_kl``,
+            ``clip_ratio``, ``new_logp`` and ``old_logp`` per token under its names, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_length: int,
+        alpha: float = 1.0,
+        eps_low: float = 0.2,
+        eps_high: float | None = None,
+        dual_clip: float | None = None,
+        stats: Any = None,
+    ):
+        self.alpha, self.max_length, self.stats = alpha, max_length, stats
+        self.options = {
+            "eps_low": eps_low,
+            "eps_high": eps_low if eps_high is None else eps_high,
+            "dual_clip": dual_clip,
+        }
+        PolicyLossOptions(**self.options)  # bad values raise here, not in the first step
+        self._weights(torch.ones(1, dtype=torch.int64))
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        entropy: Tensor,
+        input_data: dict[str, Any],
+        vocab_min_logits: Tensor | None = None,
+        vocab_max_logits: Tensor | None = None,
+    ) -> Tensor:
+        """The DeltaL loss of this micro-batch alone; the engine makes it a part of the whole.
+
+        Args:
+            logprobs, entropy: (N,) packed, or (B, T).
+            input_data: ``loss_mask``, ``advantages`` and ``logprobs`` of that shape, and
+                ``prox_logp``, which then takes the place of ``logprobs`` as the old policy;
+                ``cu_seqlens`` (G + 1,) if packed.
+
+        Raises:
+            ValueError: packed log-probs without cu_seqlens.
+        """
+        mask, offsets = input_data["loss_mask"], _offsets(input_data)
+        old = input_data.get("prox_logp")
+        old = input_data["logprobs"] if old is None else old
+        loss = dl_norm.policy_loss(
+            logprobs,
+            old,
+            input_data["advantages"],
+            mask,
+            self._weights(dl_norm.sequence_lengths(mask, offsets)),
+            cu_seqlens=offsets,
+            **self.options,
+        )
+        if self.stats is not None:
+            self._log(logprobs.detach(), old, entropy.detach(), input_data)
+        return loss  # pyright: ignore[reportReturnType]
+
+    def weight(self, input_data: dict[str, Any]) -> Tensor:
+        """``loss_weight_fn``: 0-dim float32 sum of L_i^-alpha over this micro-batch's sequences."""
+        lengths = dl_norm.sequence_lengths(input_data["loss_mask"], _offsets(input_data))
+        power = lengths.clamp(min=1).double() ** -self.alpha
+        return power.masked_fill(lengths == 0, 0.0).sum().float()
+
+    def _weights(self, lengths: Tensor) -> Tensor:
+        return dl_norm.sequence_weights(
+            lengths, alpha=self.alpha, max_length=self.max_length, group="local"
+        )
+
+    @torch.no_grad()
+    def _log(self, log_probs: Tensor, old: Tensor, entropy: Tensor, data: dict[str, Any]) -> None:
+        mask = data["loss_mask"].bool()
+        log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
+        ratio, advantages = log_ratio.exp(), data["advantages"]
+        low = (ratio < 1 - self.options["eps_low"]) & (advantages < 0)
+        high = (ratio > 1 + self.options["eps_high"]) & (advantages > 0)
+        self.stats.denominator(n_valid_tokens=mask)
+        self.stats.stat(
+            entropy=entropy.float(),
+            importance_weight=ratio.float(),
+            approx_kl=log_ratio.float(),
+            clip_ratio=((low | high) & mask).float(),
+            new_logp=log_probs.float(),
+            old_logp=old.float(),
+            denominator="n_valid_tokens",
+        )
+
+
+def _offsets(input_data: dict[str, Any]) -> Tensor | None:
+    offsets = input_data.get("cu_seqlens")
+    if offsets is None and input_data["loss_mask"].ndim != 2:
+        raise ValueError(
+            "packed data needs cu_seqlens, which AReaL's engines put into input_data; without it "
+            "the micro-batch would count as one sequence"
+        )
+    return offsets

@@ -1,0 +1,194 @@
+r"""DeltaL Normalization in NeMo-RL, as a loss function of ``grpo_train``.
+
+Read: NeMo-RL 0.7.0 and main (7ea279ab). The hook is ``LossFunction.__call__(next_token_logprobs,
+data, global_valid_seqs, global_valid_toks) -> (loss, metrics)``. What a user writes::
+
+    from nemo_rl.algorithms import grpo
+    from dl_norm.integrations import nemo_rl as delta_l
+
+    delta_l.weight_advantages(grpo, alpha=0.75)
+    loss_fn = delta_l.DeltaLLossFn(master_config.loss_fn, max_length=3072)
+    grpo.grpo_train(..., loss_fn=loss_fn, ...)
+
+**Where the weights come from.** 1/G from ``global_valid_seqs``, the samples of the step on all
+ranks, and the rest rides on the advantages: NeMo-RL's driver computes them for the whole rollout,
+and :func:`weight_advantages` multiplies them by f_i = B L_i^-alpha / sum_j L_j^-alpha, B the
+samples that are not masked out (``dl_norm.reweight_advantages``). The loss is sum_i f_i sum_t l_it
+/ (G M); NeMo-RL undoes its averaging over ranks and Megatron's over micro-batches itself. With
+several steps on one rollout G is a step's share of B and the mean of the steps is sum_i x_i grad
+sum_t l_it.
+
+NeMo-RL's split trainers pass ``global_valid_seqs = 1`` and rescale afterwards by what ``loss_type``
+names: it is SEQUENCE_LEVEL here.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dl_norm
+from dl_norm.checks import check_number
+
+from .carried import carried_loss, refuse, required
+
+
+class DeltaLLossFn:
+    """NeMo-RL's clipped policy loss under DeltaL weights, by :func:`dl_norm.policy_loss`.
+
+    Args:
+        cfg: ``ClippedPGLossConfig`` or a mapping with its fields. Followed: ``ratio_clip_min``,
+            ``ratio_clip_max``, ``ratio_clip_c``, ``force_on_policy_ratio``,
+            ``use_importance_sampling_correction`` (untruncated).
+        max_length: the constant M.
+        use_fused_linear_logprobs: as for ``ClippedPGLossFn``.
+
+    Raises:
+        ImportError: NeMo-RL is not installed.
+        ValueError: a field that cannot be followed.
+    """
+
+    def __init__(self, cfg: Any, *, max_length: float, use_fused_linear_logprobs: bool = False):
+        try:
+            from nemo_rl.algorithms.loss import interfaces
+        except ImportError as error:
+            raise ImportError("DeltaLLossFn needs NeMo-RL 0.7, from its repository") from error
+        check_number(max_length, "max_length", "max_length > 0", lambda m: m > 0)
+
+        def option(name: str, default: Any) -> Any:
+            if isinstance(cfg, dict):
+                return cfg.get(name, default)
+            return getattr(cfg, name, default)
+
+        beta = option("reference_policy_kl_penalty", 0.01)
+        refuse(
+            "NeMo-RL",
+            {
+                name: option(name, False)
+                for name in (
+                    "disable_ppo_ratio",
+                    "sequence_level_importance_ratios",
+                    "use_cispo",
+                    "truncated_importance_sampling_type",
+                    "positive_example_nll_weight",
+                )
+            }
+            | {"reference_policy_kl_penalty": 0 if option("use_kl_in_reward", False) else beta},
+            "set it to its neutral value (0, false or null), or keep ClippedPGLossFn",
+        )
+        self.input_type = interfaces.LossInputType.LOGPROB
+        self.loss_type = interfaces.LossType.SEQUENCE_LEVEL
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+        self.reference_policy_kl_penalty = 0  # read by NeMo-RL's input preparation
+        self.max_length = max_length
+        self.on_policy = option("force_on_policy_ratio", False)
+        self.correct = option("use_importance_sampling_correction", False)
+        self.clip = {
+            "eps_low": option("ratio_clip_min", 0.2),
+            "eps_high": option("ratio_clip_max", 0.2),
+            "dual_clip": option("ratio_clip_c", None),
+        }
+        if hasattr(interfaces, "MetricNormalizer"):  # after 0.7.0
+            self.metric_normalizations = _metric_normalizations(interfaces.MetricNormalizer)
+
+    def __call__(
+        self,
+        next_token_logprobs: Tensor,
+        data: Any,
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a micro-batch.
+
+        Args:
+            next_token_logprobs: (B, S - 1).
+            data: ``token_mask``, ``advantages``, ``prev_logprobs`` and ``generation_logprobs``
+                (B, S), ``sample_mask`` (B,).
+            global_valid_seqs, global_valid_toks: 0-dim, over the step on all ranks.
+
+        Returns:
+            (loss, metrics). NeMo-RL's drivers add metrics up with numpy, so they are Python
+            floats: one host sync. Means are divided by ``global_valid_toks``, for their sum to be
+            the mean.
+
+        Raises:
+            ValueError: one of the global counts is None.
+        """
+        remedy = "DeltaL needs the counts of the whole step; a micro-batch's own would be wrong"
+        required(global_valid_seqs, "global_valid_seqs", remedy)
+        required(global_valid_toks, "global_valid_toks", remedy)
+        mask = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]) != 0
+        generated = data["generation_logprobs"][:, 1:]
+        previous = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
+        mismatch = (previous - generated).masked_fill(~mask, 0.0)
+        sequences = torch.as_tensor(global_valid_seqs, device=mask.device).clamp(min=1)
+        loss, seen = carried_loss(
+            next_token_logprobs,
+            None if self.on_policy else previous,
+            data["advantages"][:, 1:],
+            mask,
+            scale=1 / (sequences * self.max_length),
+            rollout_weights=torch.nan_to_num(mismatch.exp(), 0.0, 0.0, 0.0)
+            if self.correct
+            else None,
+            log_ratio_clamp=None,  # NeMo-RL has none
+            **self.clip,
+        )
+        values = {
+            "probs_ratio": seen.ratio,
+            "clip_ratio_low": seen.clipped_low,
+            "clip_ratio_high": seen.clipped_high,
+            "kl_old": seen.kl_old_k1,
+            "token_mult_prob_error": (mismatch.abs().exp() * mask).sum(),
+            "gen_kl_error": (mismatch.exp() - mismatch - 1).sum(),
+        }
+        tokens = torch.as_tensor(global_valid_toks, device=mask.device).clamp(min=1)
+        values = {name: value / tokens for name, value in values.items()}
+        values["probs_ratio_max"] = seen.ratio_max
+        values["num_valid_samples"] = data["sample_mask"].sum()
+        values["loss"] = loss.detach()
+        on_host = torch.stack([value.double() for value in values.values()]).tolist()
+        return loss, dict(zip(values, on_host, strict=True))
+
+
+def _metric_normalizations(normalizer: Any) -> dict[str, Any]:
+    """Which global count each metric is divided by, for trainers that rescale them."""
+    tokens = ("probs_ratio", "clip_ratio_low", "clip_ratio_high", "kl_old")
+    errors = ("token_mult_prob_error", "gen_kl_error")
+    return {
+        "loss": normalizer.SEQUENCES,
+        "num_valid_samples": normalizer.NONE,
+        "probs_ratio_max": normalizer.NONE,
+        **dict.fromkeys((*tokens, *errors), normalizer.TOKENS),
+    }
+
+
+class WeightedEstimator:
+    """A NeMo-RL advantage estimator whose (B, S) advantages carry the DeltaL weights."""
+
+    def __init__(self, estimator: Any, *, alpha: float = 1.0):
+        self.estimator, self.alpha = estimator, alpha
+
+    def compute_advantage(self, prompt_ids, rewards, mask, **kwargs):
+        advantages = self.estimator.compute_advantage(
+            prompt_ids=prompt_ids, rewards=rewards, mask=mask, **kwargs
+        )
+        # The loss sees positions 1..S-1. A sample that is masked out has no token.
+        lengths = (mask[:, 1:] != 0).sum(-1)
+        return dl_norm.reweight_advantages(advantages, lengths, alpha=self.alpha, group="local")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.estimator, name)
+
+
+def weight_advantages(grpo: Any, *, alpha: float = 1.0) -> None:
+    """Make ``grpo`` (the module ``nemo_rl.algorithms.grpo``) weight the advantages it computes."""
+    create = grpo._create_advantage_estimator
+
+    def create_weighted(master_config):
+        return WeightedEstimator(create(master_config), alpha=alpha)
+
+    grpo._create_advantage_estimator = create_weighted

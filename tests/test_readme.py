@@ -1,0 +1,355 @@
+"""Every code block of README.md is run, or names the test that covers it.
+
+A comment right before the fence says which:
+
+    <!-- run: NAME -->              run in the namespace NAME of this file, one after another
+    <!-- covered by: tests/... -->  run by that test (or what a person types to install)
+
+A python block is executed, of a diff block what is left after it; yaml and toml are parsed and bash
+is split into words, for the namespace to look at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dl_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<how>run|covered by): (?P<what>\S+) -->\n)?"
+    r"^```(?P<language>\w+)\n(?P<text>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+README = (ROOT / "README.md").read_text()
+BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
+NAMES = list(dict.fromkeys(block["what"] for block in BLOCKS if block["how"] == "run"))
+
+Namespace = Iterator[dict[str, Any]]
+NAMESPACES: dict[str, Callable[..., Namespace]] = {}
+
+
+def namespace(function: Callable[..., Namespace]) -> Callable[..., Namespace]:
+    """Yields what the blocks find defined, then looks at what they made of it."""
+    NAMESPACES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block["text"].split("\n")[0][:40])
+def test_block_is_marked(block: dict[str, str]) -> None:
+    assert block["how"], f"no marker before this {block['language']} block:\n{block['text']}"
+    if block["how"] == "run":
+        assert block["what"] in NAMESPACES, f"no namespace {block['what']} in {__file__}"
+    else:
+        assert (ROOT / block["what"]).is_file(), f"{block['what']} does not exist"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    make = NAMESPACES[name](monkeypatch)
+    space = next(make)
+    space.update(__name__="readme", blocks=[])
+    for block in BLOCKS:
+        if block["what"] == name:
+            run(block, space)
+    with pytest.raises(StopIteration):
+        next(make)
+
+
+def run(block: dict[str, str], space: dict[str, Any]) -> None:
+    language, text = block["language"], block["text"]
+    if language == "diff":
+        text = "".join(line[1:] + "\n" for line in text.splitlines() if not line.startswith("-"))
+    if language in ("python", "diff"):
+        exec(compile(text, f"README.md: {block['what']}", "exec"), space)
+    else:
+        space["blocks"].append(parse(language, text))
+
+
+def parse(language: str, text: str) -> Any:
+    if language == "yaml":
+        return pytest.importorskip("yaml").safe_load(text)
+    if language == "toml":
+        # Python 3.10 has no tomllib; pytest brings tomli there.
+        name = "tomllib" if importlib.util.find_spec("tomllib") else "tomli"
+        return importlib.import_module(name).loads(text)
+    return shlex.split(text.replace("\\\n", " "))
+
+
+def named(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def sibling(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+adapters = sibling("test_adapters")  # stand-ins for the trainers
+
+
+def tiny_batch() -> dict[str, Any]:
+    mask = torch.arange(8) < torch.tensor([3, 8, 1, 5])[:, None]
+    log_probs = -torch.rand(4, 8)
+    return {
+        "dl_norm": dl_norm,
+        "torch": torch,
+        "old": log_probs.clone(),
+        "old_log_probs": log_probs.clone(),
+        "log_probs": log_probs.requires_grad_(),
+        "adv": torch.randn(4),
+        "mask": mask,
+        "weights": dl_norm.sequence_weights(mask.sum(-1), max_length=3072),
+    }
+
+
+# -- the package
+
+
+@namespace
+def loop(_) -> Namespace:
+    space = tiny_batch()
+    del space["weights"]
+    yield space
+    assert space["log_probs"].grad.abs().sum() > 0
+
+
+@namespace
+def metrics(_) -> Namespace:
+    space = tiny_batch()
+    space["other"] = dl_norm.policy_loss(
+        *(space[name] for name in ("log_probs", "old", "adv", "mask", "weights")),
+        return_metrics=True,
+    )[1]
+    space["group"] = None
+    with one_process():
+        yield space
+    assert space["metrics"].summary()["tokens"] == space["mask"].sum()
+
+
+@namespace
+def distributed(_) -> Namespace:
+    space = tiny_batch()
+    log_probs = space["log_probs"]
+    space |= {"log_probs": lambda rows: log_probs[rows], "data_size": 1, "context_size": 1}
+    space["micro_batches"] = 2
+    with one_process():
+        space["context_group"] = space["data_group"] = torch.distributed.group.WORLD
+        yield space
+    assert log_probs.grad.abs().sum() > 0 and space["scale"] == 1
+
+
+# -- the adapters
+
+
+@namespace
+def skyrl(patch: pytest.MonkeyPatch) -> Namespace:
+    registry: dict[str, Any] = {}
+    fake = adapters.fake
+    fake(
+        patch,
+        "skyrl.backends.skyrl_train.utils.ppo_utils",
+        PolicyLossRegistry=SimpleNamespace(register=registry.__setitem__),
+    )
+    fake(patch, "skyrl.train.trainer", RayPPOTrainer=adapters.SkyRLTrainer)
+    fake(patch, "skyrl.train.entrypoints.main_base", BasePPOExp=object)
+    space: dict[str, Any] = {}
+    yield space
+    settings = dict(word.split("=") for word in space["blocks"][0])
+    names = {name.rpartition(".")[2]: value for name, value in settings.items()}
+    assert names["policy_loss_type"] in registry
+    config = adapters.skyrl_config(**names | {"max_seq_len": int(names["max_seq_len"])})
+    trainer = space["Experiment"]().get_trainer(config)
+    batch = tiny_batch()
+    data = {"advantages": batch["adv"][:, None].expand(4, 8), "loss_mask": batch["mask"]}
+    data = trainer._normalize_advantages(data, [(0, 4)])
+    loss, _ = registry[names["policy_loss_type"]](
+        batch["log_probs"], batch["old"], data["advantages"], config, batch["mask"]
+    )
+    assert loss.isclose(whole_batch(batch), rtol=1e-5)
+
+
+@namespace
+def prime_rl(patch: pytest.MonkeyPatch) -> Namespace:
+    adapters.fake(patch, "prime_rl.trainer.rl.loss", LossOutputs=SimpleNamespace)
+    batch = tiny_batch()
+    samples = [
+        SimpleNamespace(mask=row.tolist(), advantages=[a] * 8, rl_weights=None)
+        for row, a in zip(batch["mask"], batch["adv"].tolist(), strict=True)
+    ]
+    sink = SimpleNamespace(process_batch=lambda: SimpleNamespace(samples=samples))
+    space: dict[str, Any] = {"sink": sink}
+    yield space
+    config = space["blocks"][0]["trainer"]["loss"]
+    assert config["type"] == "custom"
+    hook = named(config["import_path"])
+    losses = [
+        hook(
+            SimpleNamespace(
+                trainer_logprobs=batch["log_probs"][row],
+                inference_logprobs=batch["old"][row],
+                advantages=torch.tensor(sample.advantages),
+                loss_mask=batch["mask"][row],
+                loss_weights=None,
+            ),
+            **config["kwargs"],
+        ).loss
+        for row, sample in enumerate(space["batch"].samples)
+    ]
+    loss = torch.stack(losses).sum() / batch["mask"].sum()
+    assert loss.isclose(whole_batch(batch), rtol=1e-5)
+
+
+@namespace
+def slime(patch: pytest.MonkeyPatch) -> Namespace:
+    mpu = SimpleNamespace(get_data_parallel_group=lambda: None)
+    adapters.fake(patch, "megatron.core", mpu=mpu)
+    space: dict[str, Any] = {}
+    yield space
+    reducer, config, loss = space["blocks"]
+    options = dict(zip(reducer[::2], reducer[1::2], strict=True))
+    options |= dict(zip(loss[::2], loss[1::2], strict=True))
+    del options["--custom-config-path"]
+    hooks = {name: named(path) for name, path in options.items() if name.startswith("--custom")}
+    assert options["--loss-type"] == "custom_loss" and len(hooks) == 3
+
+    batch, lengths = tiny_batch(), [8] * 4
+    data = {
+        "rewards": batch["adv"].tolist(),
+        "response_lengths": lengths,
+        "loss_masks": list(batch["mask"].int()),
+        "kl": list(torch.zeros(4, 8)),
+    }
+    args = SimpleNamespace(calculate_per_token_loss=False, **config)
+    hooks["--custom-advantage-function-path"](args, data)
+    reduce = hooks["--custom-pg-loss-reducer-function-path"](lengths, lengths, data["loss_masks"])
+    # At ratio 1 the token loss is -A.
+    assert (reduce(-torch.cat(data["advantages"])) / 4).isclose(whole_batch(batch), rtol=1e-5)
+
+
+@namespace
+def nemo_rl(patch: pytest.MonkeyPatch) -> Namespace:
+    adapters.fake_nemo_rl(patch)
+    created = SimpleNamespace(
+        compute_advantage=lambda prompt_ids, rewards, mask: rewards[:, None].expand(mask.shape)
+    )
+    grpo = ModuleType("nemo_rl.algorithms.grpo")
+    patch.setattr(grpo, "_create_advantage_estimator", lambda config: created, raising=False)
+    patch.setitem(sys.modules, grpo.__name__, grpo)
+    patch.setattr(sys.modules["nemo_rl.algorithms"], "grpo", grpo, raising=False)
+    space = {"master_config": SimpleNamespace(loss_fn={"reference_policy_kl_penalty": 0.0})}
+    yield space
+    batch = tiny_batch()
+    token_mask = torch.nn.functional.pad(batch["mask"].int(), (1, 0))
+    old = torch.nn.functional.pad(batch["old"], (1, 0))
+    estimator = grpo._create_advantage_estimator(space["master_config"])
+    data = {
+        "token_mask": token_mask,
+        "sample_mask": torch.ones(4),
+        "advantages": estimator.compute_advantage(None, batch["adv"], token_mask),
+        "prev_logprobs": old,
+        "generation_logprobs": old,
+    }
+    loss, _ = space["loss_fn"](batch["log_probs"], data, torch.tensor(4.0), batch["mask"].sum())
+    assert loss.isclose(whole_batch(batch), rtol=1e-5)
+
+
+@namespace
+def roll(patch: pytest.MonkeyPatch) -> Namespace:
+    adapters.import_roll(patch)
+    space: dict[str, Any] = {}
+    yield space
+    worker = space["MyActorWorker"]
+    (config,) = space["blocks"]
+    assert config["actor_train"]["worker_cls"] == f"my_worker.{worker.__name__}"
+    batch = tiny_batch()
+    weights = dl_norm.sequence_weights(batch["mask"].sum(-1), alpha=0.75, max_length=3072)
+    assert torch.equal(worker()._weights(batch["mask"]), weights)
+
+
+@namespace
+def torchforge(_) -> Namespace:
+    batch = tiny_batch()
+    target = {
+        "response": torch.zeros(4, 8, dtype=torch.long),
+        "ref_logprobs": batch["old"],
+        "advantages": batch["adv"][:, None],
+        "padding_mask": batch["mask"],
+    }
+    space = {"collate": lambda batches: ([{}], [target])}
+    yield space
+    _, (targets,) = space["collate"](None)
+    loss = space["loss"](torch.zeros(4, 9, 5), **targets, beta=0.0)
+    assert loss.isclose(whole_batch(batch), rtol=1e-5)
+
+
+@namespace
+def areal(_) -> Namespace:
+    batch = tiny_batch()
+    mb = {
+        "loss_mask": batch["mask"],
+        "logprobs": batch["old"],
+        "advantages": batch["adv"][:, None].expand(4, 8),
+    }
+    losses = []
+
+    def train_batch(mb: Any, loss_fn: Any, loss_weight_fn: Any) -> None:
+        weight = loss_weight_fn(mb)
+        losses.append(loss_fn(batch["log_probs"], batch["old"], mb) * weight / weight)
+
+    yield {
+        "engine": SimpleNamespace(train_batch=train_batch),
+        "mb_inputs": SimpleNamespace(mbs=[mb]),
+        "stats_tracker": adapters.StatsTracker(),
+    }
+    assert losses[0].isclose(whole_batch(batch), rtol=1e-5)
+
+
+@namespace
+def no_hook(_) -> Namespace:
+    batch = tiny_batch()
+    space = {
+        "dl_norm": dl_norm,
+        "action_mask": batch["mask"],
+        "advantages": batch["adv"],
+        "max_length": 3072,
+    }
+    yield space
+    # A trainer's token mean, at ratio 1.
+    loss = -(space["advantages"][:, None] * batch["mask"]).sum() / batch["mask"].sum()
+    assert loss.isclose(whole_batch(batch), rtol=1e-5)
+
+
+def whole_batch(batch: dict[str, Any]) -> torch.Tensor:
+    """The DeltaL loss that the adapters' snippets set up."""
+    weights = dl_norm.sequence_weights(batch["mask"].sum(-1), alpha=0.75, max_length=3072)
+    log_probs = batch["log_probs"].detach()
+    return dl_norm.policy_loss(log_probs, batch["old"], batch["adv"], batch["mask"], weights)
+
+
+class one_process:
+    """torch.distributed with this process alone."""
+
+    def __enter__(self) -> None:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,223 @@
+"""Every option of TRL's GRPOConfig is followed, refused or outside the loss; and what raises."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import inspect
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'dl-norm[trl]'")
+sys.path.append(str(Path(__file__).parent))
+
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.base_config import _BaseConfig
+from trl_tiny import build, prompts, reward, save_model
+
+from dl_norm.integrations import trl as integration
+from dl_norm.integrations.trl import DeltaLGRPOConfig, DeltaLGRPOTrainer
+from dl_norm.integrations.trl_config import REFUSED
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("tiny-qwen2"))
+
+
+FOLLOWED = {
+    "beta": "KL term",
+    "num_iterations": "old log-probs",
+    "epsilon": "lower clip",
+    "epsilon_high": "upper clip",
+    "delta": "two-sided clip",
+    "router_aux_loss_coef": "load-balancing loss",
+    "max_completion_length": "M",
+    "steps_per_generation": "scale",
+    "mask_truncated_completions": "mask, and with it the lengths",
+    "top_entropy_quantile": "factor on the token loss",
+    "entropy_coef": "bonus",
+    "off_policy_mask_threshold": "factor on the token loss",
+    "use_bias_correction_kl": "KL term",
+    "importance_sampling_level": "ratio",
+    "sapo_temperature_neg": "token loss",
+    "sapo_temperature_pos": "token loss",
+    "vllm_importance_sampling_correction": "factor on the token loss",
+}
+CHECKED = {"loss_type"}
+# Used by TRL before the loss: what the model is, what is generated, its reward, its advantage, the
+# value of the importance sampling ratio, and what is printed.
+BEFORE_THE_LOSS = """
+    learning_rate model_init_kwargs trust_remote_code disable_dropout cast_lm_head_to_fp32
+    remove_unused_columns num_generations num_generations_eval ds3_gather_for_generation
+    shuffle_dataset pad_to_multiple_of generation_batch_size temperature top_p top_k min_p
+    generation_kwargs chat_template_kwargs repetition_penalty cache_implementation use_vllm
+    vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex
+    vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+    vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size reward_weights
+    multi_objective_aggregation scale_rewards sync_ref_model ref_model_mixup_alpha
+    ref_model_sync_steps max_tool_calling_iterations vllm_importance_sampling_mode
+    vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+    vllm_importance_sampling_cap log_completions log_multimodal num_completions_to_print
+    log_unique_prompts log_completions_hub_repo use_transformers_continuous_batching
+    transformers_continuous_batching_config use_transformers_paged
+"""
+# What TRL's `_compute_loss` reads from itself and its arguments.
+READ_BY_TRL = """
+    accelerator aux_loss_enabled beta current_gradient_accumulation_steps delta entropy_coef
+    entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target epsilon_high epsilon_low
+    get_gamma_weights get_high_entropy_mask get_off_policy_mask importance_sampling_level loss_type
+    max_completion_length model off_policy_mask_threshold router_aux_loss_coef sapo_temperature_neg
+    sapo_temperature_pos steps_per_generation top_entropy_quantile use_adaptive_entropy
+    use_bias_correction_kl use_vllm vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
+    vllm_importance_sampling_correction _entropy_bonus_enabled _entropy_window_stats
+    _get_per_token_logps_and_entropies _last_world_entropy _metrics
+"""
+OTHER_VALUE = {  # a value that is not TRL's default, for each refused option
+    **dict.fromkeys(REFUSED, 0.5),
+    "use_adaptive_entropy": True,
+}
+
+
+def test_every_option_of_trl_is_followed_refused_or_outside_the_loss():
+    groups = [set(FOLLOWED), CHECKED, set(REFUSED), set(BEFORE_THE_LOSS.split())]
+    for i, group in enumerate(groups):
+        for other in groups[i + 1 :]:
+            assert not group & other
+    own = GRPOConfig.__annotations__.keys()
+    inherited = {f.name for f in dataclasses.fields(_BaseConfig)}
+    assert set.union(*groups) == set(own)
+    assert own <= {f.name for f in dataclasses.fields(GRPOConfig)}
+    assert own & inherited == {"learning_rate", "remove_unused_columns"}
+
+
+def test_nothing_new_in_the_loss_of_trl():
+    """A branch added to TRL's loss reads something that is not on the list."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    read = set(re.findall(r"self\.(?:args\.)?(\w+)", source))
+    assert read == set(READ_BY_TRL.split())
+    batch = set(re.findall(r'inputs(?:\.get\(|\[)"(\w+)"', source)) | {"tool_mask"}
+    ours = inspect.getsource(integration)
+    ignored = {"num_items_in_batch"}  # "dapo" has the token count of the generation batch in x
+    assert {key for key in batch if f'"{key}"' not in ours} == ignored
+
+
+@pytest.fixture
+def config(tmp_path):
+    def build_config(**options):
+        return DeltaLGRPOConfig(
+            output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", **options
+        )
+
+    return build_config
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_options_raise_at_construction(config, name):
+    with pytest.raises(ValueError, match=rf"{name}=.* is not supported: .*(use|leave)"):
+        config(**{name: OTHER_VALUE[name]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            dict(aggregation="mean"),
+            "aggregation must be one of delta_l, grpo, dapo, dr_grpo, luspo",
+        ),
+        (dict(alpha=-1.0), "alpha must be a finite number >= 0"),
+        (dict(alpha=math.nan), "alpha must be a finite number >= 0"),
+        (dict(aggregation="dapo", alpha=0.5), "alpha=0.5 has no meaning for aggregation='dapo'"),
+        *(
+            (dict(loss_type=loss_type), f"loss_type='{loss_type}' disagrees with aggregation")
+            for loss_type in ("bnpo", "cispo", "sapo", "luspo", "vespo", "dapo")
+        ),
+        (dict(aggregation="grpo", loss_type="dapo"), "loss_type='dapo' disagrees"),
+        (dict(max_completion_length=None), "max_completion_length=None, but aggregation"),
+        (
+            dict(max_completion_length=None, aggregation="dr_grpo"),
+            "max_completion_length=None, but aggregation",
+        ),
+        (dict(delta=0.5), "delta > 1 (or None)"),
+        (dict(epsilon=1.5), "epsilon, epsilon_high"),
+        (dict(epsilon_high=-0.1), "epsilon, epsilon_high"),
+        (dict(beta=-0.1), "expected beta >= 0"),
+        (dict(importance_sampling_level="word"), "must be 'token' or 'sequence'; got 'word'"),
+        (dict(surrogate="ppo"), "surrogate must be one of 'clip', 'cispo', 'sapo'"),
+        (dict(surrogate="cispo"), "needs epsilon_high, the upper bound of the ratio itself"),
+        (dict(surrogate="cispo", epsilon_high=5.0, epsilon=0.1), "epsilon=0.1 has no effect"),
+        (dict(surrogate="cispo", epsilon_high=5.0, delta=2.0), "delta=2.0 has no effect"),
+        (dict(surrogate="sapo", epsilon=0.1), "eps_low=0.1 has no effect"),
+        (dict(surrogate="sapo", delta=2.0), "delta=2.0 has no effect"),
+        (dict(sapo_temperature_pos=0.9), "sapo_temperature_pos=0.9 has no effect"),
+        (dict(loss_type="cispo", surrogate="cispo", epsilon_high=5.0), "TRL's is aggregation="),
+        (dict(fused_lm_head=True, entropy_coef=0.1), "needs the gradient of the entropy"),
+        (dict(fused_lm_head=True, fused_lm_head_chunk_size=0), "must be a positive int"),
+        (dict(fused_lm_head_chunk_size=64), "fused_lm_head is False"),
+    ],
+)
+def test_contradicting_options_raise_at_construction(config, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(aggregation="dapo", loss_type="dapo"),
+        dict(aggregation="grpo", max_completion_length=None),
+        dict(alpha=0.0),
+        dict(aggregation="dapo", surrogate="cispo", epsilon_high=5.0, loss_type="cispo"),
+        dict(aggregation="grpo", surrogate="sapo", loss_type="sapo", sapo_temperature_pos=0.9),
+        dict(aggregation="luspo", importance_sampling_level="sequence", loss_type="luspo"),
+    ],
+)
+def test_consistent_options_are_accepted(config, options):
+    config(**options)
+
+
+def test_options_are_checked_again_by_the_trainer(model_path, config):
+    args = config()
+    args.vespo_k_pos = 3.0
+    with pytest.raises(ValueError, match="vespo_k_pos"):
+        DeltaLGRPOTrainer(model_path, reward, args, train_dataset=prompts())
+
+
+def test_plain_grpo_config_is_refused(model_path, tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(TypeError, match="args must be a DeltaLGRPOConfig; got GRPOConfig"):
+        DeltaLGRPOTrainer(model_path, reward, args, train_dataset=prompts())
+
+
+def test_a_batch_without_weights_is_refused(model_path, tmp_path):
+    trainer, _ = build(DeltaLGRPOTrainer, model_path, tmp_path)
+    with pytest.raises(ValueError, match="must call super"):
+        trainer._compute_loss(trainer.model, {})
+
+
+def import_again():
+    """Run the module's code anew under another name, so that the imported one stays as it is."""
+    spec = importlib.util.spec_from_file_location("integration_again", integration.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_import_without_trl_names_the_extra(monkeypatch):
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    with pytest.raises(ImportError, match=re.escape("pip install 'dl-norm[trl]'")):
+        import_again()
+
+
+@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "0.29.1"])
+def test_import_with_an_unsupported_trl_says_which(monkeypatch, version):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=re.escape(f"trl>=1.16,<1.17, but trl {version}")):
+        import_again()

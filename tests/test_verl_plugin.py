@@ -1,0 +1,613 @@
+"""dl_norm's plugin in verl 0.9.1: discovery, configuration, both registries, `ppo_loss`.
+
+The checks need verl. Where it is importable they run in this process; else this file is run once by
+`.venv-verl/bin/python`, which answers with one outcome per check; else the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dl_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = importlib.util.find_spec("verl") is not None
+VERL_PYTHON = Path(sys.executable) if HERE else ROOT / ".venv-verl" / "bin" / "python"
+
+# What verl asks of any run.
+NEEDED = (
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2",
+)
+MAX_LENGTH = 3072  # as in the configuration lines
+# Two fp32 evaluations of one formula: exp is good to about 2 ulp and the sums add a few more.
+FP32 = 2e-6
+# Lengths of two prompts with three samples each; the fourth response is rejected.
+LENGTHS = (1, 5, 12, 0, 3, 8)
+INDEX = ("a", "a", "a", "b", "b", "b")
+
+
+def config_lines() -> list[str]:
+    """The lines that a user writes, as the module's docstring gives them."""
+    source = (ROOT / "dl_norm" / "integrations" / "verl.py").read_text()
+    lines = re.findall(r"^ {4}(\+?[a-z_.]+=\S+)$", ast.get_docstring(ast.parse(source)) or "", re.M)
+    assert len(lines) == 5, lines
+    return lines
+
+
+@functools.cache
+def user_config() -> Any:
+    """verl's whole configuration with the user's lines, by hydra as verl's command line does."""
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=[*config_lines(), *NEEDED])
+
+
+def configure(*changes: str) -> Any:
+    """The user's configuration with some values changed; composing it anew takes a second."""
+    from omegaconf import OmegaConf
+
+    config = copy.deepcopy(user_config())
+    for key, value in OmegaConf.from_dotlist(list(changes)).items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return config
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_mask(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def factors(lengths: tuple[int, ...], alpha: float) -> Tensor:
+    """r_i = B L_i^-alpha / sum_j L_j^-alpha in plain Python."""
+    powers = [length**-alpha if length else 0.0 for length in lengths]
+    return torch.tensor([len(lengths) * power / sum(powers) for power in powers])
+
+
+def compute_advantage(*args, **kwargs) -> Any:
+    """verl's function of that name, the caller of every estimator.
+
+    Its module imports the whole trainer, so it is compiled from the source on its own.
+    """
+    import verl
+    from verl.trainer.ppo import core_algos
+
+    source = (Path(verl.__file__).parent / "trainer" / "ppo" / "ray_trainer.py").read_text()
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "compute_advantage"
+    )
+    module = ast.parse("from __future__ import annotations")
+    module.body.append(function)
+    names = {"core_algos": core_algos, "AdvantageEstimator": core_algos.AdvantageEstimator}
+    exec(compile(module, "ray_trainer", "exec"), names)
+    return names["compute_advantage"](*args, **kwargs)
+
+
+def rollout_advantages(algorithm: Any) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of a rollout batch, as verl's trainer computes them."""
+    import numpy as np
+    from verl import DataProto
+
+    mask = make_mask()
+    rewards = torch.zeros(mask.shape)
+    rewards[:, 0] = torch.tensor([1.0, 0.0, 0.75, 1.0, 0.0, 0.25])
+    data = DataProto.from_dict(
+        tensors={"token_level_rewards": rewards, "response_mask": mask.long()},
+        non_tensors={"uid": np.array(INDEX, dtype=object)},
+    )
+    data = compute_advantage(
+        data,
+        adv_estimator=algorithm.adv_estimator,
+        norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+        config=algorithm,
+    )
+    return data.batch["advantages"], data.batch["returns"]
+
+
+def check_registries() -> None:
+    from verl.trainer.ppo import core_algos
+
+    import dl_norm.integrations.verl as plugin
+
+    assert core_algos.get_policy_loss_fn("delta_l") is plugin.compute_policy_loss_delta_l
+    for name in ("grpo", "rloo"):
+        found = core_algos.get_adv_estimator_fn(f"delta_l_{name}")
+        assert found is getattr(plugin, f"compute_delta_l_{name}_advantage")
+
+
+def check_config() -> None:
+    """The user's lines pass through hydra, verl's config classes and verl's validation."""
+    from verl.trainer.ppo.utils import need_critic
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.workers.config import ActorConfig
+
+    config = configure()
+    validate_config(config, use_reference_policy=False, use_critic=need_critic(config))
+    assert config.algorithm.adv_estimator == "delta_l_grpo"
+    assert config.algorithm.delta_l_alpha == 0.75
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert isinstance(actor, ActorConfig)
+    assert actor.policy_loss.loss_mode == "delta_l"
+    assert actor.loss_agg_mode == "seq-mean-token-sum-norm"
+    assert actor.loss_scale_factor == MAX_LENGTH
+
+
+def readme_block(language: str) -> str:
+    """The block of the README with verl's settings in that language."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", readme, re.M | re.S)
+    (block,) = (block for block in blocks if "delta_l_grpo" in block)
+    return block
+
+
+def check_readme() -> None:
+    """The README's command and its YAML file are the lines that everything here is tested with."""
+    from hydra import compose, initialize_config_dir
+
+    command = readme_block("bash").replace("\\\n", " ").split()
+    assert command[:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    assert command[3:] == config_lines()
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(folder, version_base=None):
+        (Path(folder) / "my_run.yaml").write_text(readme_block("yaml"))
+        # What --config-dir does: the folder beside verl's own.
+        search = ["hydra.searchpath=[pkg://verl.trainer.config]"]
+        assert compose("my_run", overrides=[*search, *NEEDED]) == user_config()
+
+
+def check_estimator(name: str, by_std: bool, alpha: float) -> None:
+    """verl's own advantages times the factors, and verl's own returns."""
+    lines = (f"algorithm.norm_adv_by_std_in_grpo={by_std}", f"algorithm.delta_l_alpha={alpha}")
+    ours, returns = rollout_advantages(
+        configure(*lines, f"algorithm.adv_estimator=delta_l_{name}").algorithm
+    )
+    theirs, their_returns = rollout_advantages(
+        configure(*lines, f"algorithm.adv_estimator={name}").algorithm
+    )
+    assert theirs[:3].abs().amax(1).min() > 0
+    torch.testing.assert_close(ours, theirs * factors(LENGTHS, alpha)[:, None], rtol=1e-6, atol=0)
+    assert torch.equal(returns, their_returns)
+
+
+def check_alpha_is_one_by_default() -> None:
+    """In a section without the key, in verl's dataclass, and without any configuration."""
+    from verl.trainer.config import AlgoConfig
+
+    from dl_norm.integrations.verl import delta_l_factors
+
+    expected = factors(LENGTHS, 1.0)
+    for config in (AlgoConfig(adv_estimator="delta_l_grpo"), {}, None):
+        torch.testing.assert_close(delta_l_factors(make_mask(), config), expected)
+
+
+def check_official_vector() -> None:
+    """The official code's factors of one rollout that is cut into two mini-batches."""
+    from dl_norm.integrations.verl import delta_l_factors
+
+    lengths = (10, 100, 1000, 20, 200, 2000)
+    found = delta_l_factors(make_mask(lengths), {"delta_l_alpha": 1.0})
+    official = [3.6036036036036037, 0.36036036036036034, 0.036036036036036036]
+    official += [1.8018018018018018, 0.18018018018018017, 0.018018018018018018]
+    torch.testing.assert_close(found, torch.tensor(official), rtol=1e-6, atol=0)
+
+
+def check_padding_rows() -> None:
+    """verl appends masked rows until the batch divides: the weights of the loss stay the same."""
+    from dl_norm.integrations.verl import delta_l_factors
+
+    for lengths in (LENGTHS, (*LENGTHS, 0, 0)):
+        found = delta_l_factors(make_mask(lengths)) / (len(lengths) * MAX_LENGTH)
+        weights = dl_norm.sequence_weights(torch.tensor(lengths), max_length=MAX_LENGTH)
+        torch.testing.assert_close(found, weights, rtol=1e-6, atol=0)
+
+
+def check_estimator_refuses() -> None:
+    refused = {
+        ("algorithm.delta_l_alpha=-1",): "alpha",
+        ("algorithm.delta_l_alpha=null",): "alpha",
+        ("algorithm.delta_l_aplha=0.5",): "delta_l_aplha",
+        ("actor_rollout_ref.actor.loss_agg_mode=token-mean",): "seq-mean-token-sum-norm",
+        ("actor_rollout_ref.actor.loss_scale_factor=null",): "loss_scale_factor",
+        ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum",): "no effect",
+    }
+    for lines, words in refused.items():
+        with pytest.raises((ValueError, TypeError), match=words):
+            rollout_advantages(configure(*lines).algorithm)
+    rollout_advantages(
+        configure(
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum",
+            "actor_rollout_ref.actor.loss_scale_factor=null",
+        ).algorithm
+    )
+
+
+def make_batch(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Six responses that reach every branch: low, high, dual and log-ratio clamp."""
+    random = torch.Generator().manual_seed(20250907)
+    mask = make_mask((16, 5, 12, 0, 3, 8))
+    mask[0, 2] = mask[2, 7] = False  # holes
+    old = -3 * torch.rand(mask.shape, generator=random)
+    log_ratio = 0.7 * torch.randn(mask.shape, generator=random)
+    log_ratio[0, :2] = torch.tensor([25.0, -25.0])  # beyond the clamp of 20
+    batch = {
+        "log_probs": (old + log_ratio).to(dtype),
+        "old_log_probs": old.to(dtype),
+        "advantages": torch.randn(mask.shape, generator=random) * mask,
+        "response_mask": mask,
+        "rollout_is_weights": 2 * torch.rand(mask.shape, generator=random) * mask,
+        "ref_log_prob": (old - 0.3 * torch.rand(mask.shape, generator=random)).to(dtype),
+        "entropy": torch.rand(mask.shape, generator=random).to(dtype),
+    }
+    return {name: tensor.to(device()) for name, tensor in batch.items()}
+
+
+def run_ppo_loss(
+    batch: dict[str, Tensor],
+    loss_mode: str,
+    *,
+    rollout: bool = False,
+    extras: bool = False,
+    dp_size: int = 2,
+    global_batch_size: int | None = 12,
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Loss, gradient with respect to the log-probs, metrics; `extras`: KL and entropy too."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    config = configure(
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode}",
+        f"actor_rollout_ref.actor.use_kl_loss={extras}",
+        f"actor_rollout_ref.actor.entropy_coeff={0.01 * extras}",
+        "actor_rollout_ref.actor.clip_ratio_high=0.3",
+    )
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    rows, width = batch["response_mask"].shape
+    tokens = torch.ones(rows, width, dtype=torch.int64, device=device())
+    names = ["old_log_probs", "advantages", "response_mask"]
+    names += ["rollout_is_weights"] * rollout + ["ref_log_prob"] * extras
+    data = tu.get_tensordict(
+        {name: batch[name] for name in names}
+        | {"prompts": tokens[:, :1], "responses": tokens}
+        | {"attention_mask": torch.ones(rows, 1 + width, dtype=torch.int64, device=device())},
+        {
+            "dp_size": dp_size,
+            "batch_num_tokens": int(batch["response_mask"].sum()),
+            "global_batch_size": global_batch_size,
+        },
+    )
+
+    def unpadded(tensor: Tensor) -> Tensor:
+        """What a model returns: a value per token of prompt and response, of the token after it."""
+        return torch.cat([tensor, tensor[:, :1]], 1).flatten()
+
+    log_probs = batch["log_probs"].clone().requires_grad_()
+    output = {"log_probs": unpadded(log_probs)}
+    if extras:
+        output["entropy"] = unpadded(batch["entropy"])
+    loss, metrics = ppo_loss(actor, output, data)
+    values = {
+        name: metric if isinstance(metric, float) else metric.aggregate()
+        for name, metric in metrics.items()
+    }
+    return loss.detach(), torch.autograd.grad(loss, log_probs)[0], values
+
+
+def check_ppo_loss(rollout: bool, extras: bool) -> None:
+    """verl's own loss with the same advantages: loss, gradient and every metric."""
+    batch = make_batch(torch.float32)
+    loss, gradient, metrics = run_ppo_loss(batch, "delta_l", rollout=rollout, extras=extras)
+    options = {"rollout": rollout, "extras": extras}
+    their_loss, their_gradient, their_metrics = run_ppo_loss(batch, "vanilla", **options)
+    scale = their_gradient.abs().sum().item()
+    assert scale > 0
+    torch.testing.assert_close(loss, their_loss, rtol=FP32, atol=FP32 * scale)
+    atol = FP32 * their_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, their_gradient, rtol=FP32, atol=atol)
+    assert metrics.keys() == their_metrics.keys()
+    assert all(metrics[f"actor/pg_clipfrac{end}"] > 0 for end in ("", "_lower"))
+    for name, value in their_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=FP32, abs=FP32 * scale), name
+
+
+def check_ppo_loss_bf16() -> None:
+    """bf16 log-probs: verl in fp32 on the same values, up to the rounding of the gradient."""
+    batch = make_batch(torch.bfloat16)
+    loss, gradient, _ = run_ppo_loss(batch, "delta_l", rollout=True)
+    wide = {
+        name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        for name, tensor in batch.items()
+    }
+    true_loss, true_gradient, _ = run_ppo_loss(wide, "vanilla", rollout=True)
+    assert gradient.dtype == torch.bfloat16
+    scale = true_gradient.abs().sum().item()
+    torch.testing.assert_close(loss, true_loss, rtol=FP32, atol=FP32 * scale)
+    # One rounding to 8 significant bits, and what fp32 differs by.
+    torch.testing.assert_close(gradient.float(), true_gradient, rtol=2.0**-8 * 1.001, atol=0)
+
+
+def check_micro_batches() -> None:
+    """Micro-batches add up to the mini-batch, whatever its cut; the reference has the weights."""
+    batch = make_batch(torch.float32)
+    log_probs = batch["log_probs"].double().requires_grad_()
+    weights = torch.full((6,), 2 / (12 * MAX_LENGTH), dtype=torch.float64, device=device())
+    names = ("old_log_probs", "advantages", "response_mask")
+    expected = dl_norm.reference.policy_loss(
+        log_probs, *(batch[name] for name in names), weights, eps_high=0.3, dual_clip=3.0
+    )
+    assert isinstance(expected, Tensor)
+    (expected_gradient,) = torch.autograd.grad(expected, log_probs)
+    for cut in ([6], [2, 4], [1, 1, 1, 1, 1, 1]):  # a row alone: empty, of 3 tokens
+        parts = zip(*(tensor.split(cut) for tensor in batch.values()), strict=True)
+        runs = [run_ppo_loss(dict(zip(batch, part, strict=True)), "delta_l") for part in parts]
+        loss = sum(run[0] for run in runs)
+        gradient = torch.cat([run[1] for run in runs])
+        scale = expected_gradient.abs().sum().item()
+        assert abs(loss - expected.item()) <= FP32 * scale
+        atol = FP32 * expected_gradient.abs().max().item()
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=FP32, atol=atol)
+
+
+def check_masked() -> None:
+    """Nothing counted, and NaN wherever nothing counts: loss, gradient and metrics are 0."""
+    batch = make_batch(torch.float32)
+    batch = {
+        name: torch.full_like(t, float("nan")) for name, t in batch.items() if t.is_floating_point()
+    }
+    batch["response_mask"] = torch.zeros(6, 16, dtype=torch.bool, device=device())
+    loss, gradient, metrics = run_ppo_loss(batch, "delta_l", rollout=True)
+    assert loss == 0 and not gradient.any() and not any(metrics.values())
+
+
+def call_loss(config: Any, batch: dict[str, Tensor], mode: str = "seq-mean-token-sum-norm") -> Any:
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    return get_policy_loss_fn("delta_l")(
+        old_log_prob=batch["old_log_probs"],
+        log_prob=batch["log_probs"],
+        advantages=batch["advantages"],
+        response_mask=batch["response_mask"],
+        loss_agg_mode=mode,
+        config=config,
+        rollout_is_weights=None,
+    )
+
+
+def check_loss_refuses() -> None:
+    """What is missing raises: no micro-batch normalises by what it sees."""
+    from verl.workers.config import ActorConfig
+
+    batch = make_batch(torch.float32)
+    with pytest.raises(ValueError, match="global_batch_size"):
+        run_ppo_loss(batch, "delta_l", global_batch_size=None)
+
+    def actor(**info: Any) -> ActorConfig:
+        config = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+        config.global_batch_info.update(info)
+        return config
+
+    given = {"dp_size": 1, "global_batch_size": 6, "loss_scale_factor": MAX_LENGTH}
+    call_loss(actor(**given), batch)
+    with pytest.raises(ValueError, match="config"):
+        call_loss(None, batch)
+    for name, words in (
+        ("dp_size", "'dp_size'"),
+        ("global_batch_size", "'global_batch_size'"),
+        ("loss_scale_factor", "padded width"),
+    ):
+        for changed in ({k: v for k, v in given.items() if k != name}, given | {name: None}):
+            with pytest.raises(ValueError, match=words):
+                call_loss(actor(**changed), batch)
+        with pytest.raises(ValueError, match=name):
+            call_loss(actor(**given | {name: 0}), batch)
+    for mode in ("token-mean", "token-sum", "seq-mean-token-mean"):
+        with pytest.raises(ValueError, match="loss_agg_mode=seq-mean-token-sum-norm"):
+            call_loss(actor(**given), batch, mode)
+    with pytest.raises(ValueError, match="no effect"):
+        call_loss(actor(**given), batch, "seq-mean-token-sum")
+
+
+def check_no_sync() -> None:
+    """The metrics stay on the device, under verl's names; on a GPU nothing waits for it."""
+    from verl.workers.config import ActorConfig
+
+    config = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    config.global_batch_info.update(dp_size=1, global_batch_size=6, loss_scale_factor=MAX_LENGTH)
+    batch = make_batch(torch.float32)
+    call_loss(config, batch)  # compiles
+    if device().type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, metrics = call_loss(config, batch)
+    finally:
+        if device().type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert metrics.keys() == {f"actor/{n}" for n in ("pg_clipfrac", "ppo_kl", "pg_clipfrac_lower")}
+    assert all(isinstance(metric, Tensor) and metric.ndim == 0 for metric in metrics.values())
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "registries": check_registries,
+    "config": check_config,
+    "readme": check_readme,
+    **{
+        f"estimator-{name}-std={by_std}-alpha={alpha}": functools.partial(
+            check_estimator, name, by_std, alpha
+        )
+        for name, by_std in (("grpo", True), ("grpo", False), ("rloo", True))
+        for alpha in (0.0, 0.75, 1.0)
+    },
+    "alpha-default": check_alpha_is_one_by_default,
+    "official-vector": check_official_vector,
+    "padding-rows": check_padding_rows,
+    "estimator-refuses": check_estimator_refuses,
+    **{
+        f"ppo-loss-rollout={rollout}-extras={extras}": functools.partial(
+            check_ppo_loss, rollout, extras
+        )
+        for rollout in (False, True)
+        for extras in (False, True)
+    },
+    "ppo-loss-bf16": check_ppo_loss_bf16,
+    "micro-batches": check_micro_batches,
+    "masked": check_masked,
+    "loss-refuses": check_loss_refuses,
+    "no-sync": check_no_sync,
+}
+
+
+def run_checks() -> dict[str, str | None]:
+    """One outcome per check: None, or the traceback of what went wrong."""
+    import dl_norm.integrations.verl  # noqa: F401  (registers, also without an entry point)
+
+    outcomes: dict[str, str | None] = {}
+    for name, check in CHECKS.items():
+        try:
+            check()
+            outcomes[name] = None
+        except (Exception, pytest.fail.Exception):
+            outcomes[name] = traceback.format_exc()
+    return outcomes
+
+
+def run(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd="/",  # not the repository, which `python -c` would import from
+        env={**clean, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def verl_python() -> Path:
+    if not VERL_PYTHON.exists():
+        pytest.skip("verl is not installed and .venv-verl does not exist: bash ci/verl_env.sh")
+    return VERL_PYTHON
+
+
+@pytest.fixture(scope="module")
+def outcomes(verl_python: Path) -> dict[str, str | None]:
+    if HERE:
+        return run_checks()
+    done = run(verl_python, "-W", "ignore", __file__, PYTHONPATH=str(ROOT))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_check(check: str, outcomes: dict[str, str | None]) -> None:
+    problem = outcomes[check]
+    assert problem is None, problem
+
+
+@pytest.fixture(scope="module")
+def fresh_python(verl_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with this repository's wheel, which sees verl and PyTorch."""
+    folder = tmp_path_factory.mktemp("fresh")
+    tree = folder / "tree"
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "bench", "tests", "ci")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignore)
+    pip = (sys.executable, "-m", "pip")
+    flags = ("--quiet", "--no-deps", "--no-index")
+    run(*pip, "wheel", *flags, "--no-build-isolation", "--wheel-dir", folder, tree)
+    (wheel,) = folder.glob("*.whl")
+
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
+    run(*pip, "--python", python, "install", *flags, "--no-compile", wheel)
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(python, "-c", purelib).stdout.strip())
+    paths = "import json, sys; print(json.dumps([p for p in sys.path if p.endswith('-packages')]))"
+    # Plain lines: .pth files in there, such as one of an editable dl_norm, are not followed.
+    (site / "verl.pth").write_text("\n".join(json.loads(run(verl_python, "-c", paths).stdout)))
+    return python
+
+
+NAMES = """
+import sys, verl
+before = "dl_norm.integrations.verl" in sys.modules
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+import dl_norm
+print(before, dl_norm.__file__.startswith(sys.prefix))
+names = [*ADV_ESTIMATOR_REGISTRY, *POLICY_LOSS_REGISTRY]
+print(*sorted(name for name in names if "delta_l" in name))
+"""
+
+
+def test_installing_is_enough(fresh_python: Path) -> None:
+    """`import verl` finds the plugin; both registries hold its names; nothing is complained of."""
+    done = run(fresh_python, "-W", "ignore", "-c", NAMES)
+    assert done.stdout.splitlines()[-2:] == ["True True", "delta_l delta_l_grpo delta_l_rloo"]
+    assert "dl_norm" not in done.stderr
+
+
+def test_a_failure_is_visible_and_harmless(fresh_python: Path) -> None:
+    """verl logs a plugin's failure at DEBUG, where nobody sees it."""
+    code = "import sys; sys.modules['verl.trainer.ppo.core_algos'] = None; import verl; print('ok')"
+    done = run(fresh_python, "-W", "ignore", "-c", code)
+    assert done.stdout.splitlines()[-1] == "ok"
+    assert "dl_norm is not available in verl" in done.stderr
+    assert "core_algos" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "words", "names"),
+    [
+        ("0.8.0", "needs verl >= 0.9, but verl 0.8.0 is installed", ""),
+        ("0.10.0", "tested with verl 0.9.1, this is verl 0.10.0", "delta_l"),
+    ],
+)
+def test_other_versions(
+    version: str, words: str, names: str, fresh_python: Path, tmp_path: Path
+) -> None:
+    """verl under another version number: every file a link but the one with the number.
+
+    A version that is too new is imported by way of the plugin, which then loads verl, which asks
+    for the plugin while that is half imported.
+    """
+    where = "import importlib.util; print(importlib.util.find_spec('verl').origin)"
+    original = Path(run(fresh_python, "-W", "ignore", "-c", where).stdout.split()[-1]).parent
+    copy = tmp_path / "verl"
+    (copy / "version").mkdir(parents=True)
+    (copy / "version" / "version").write_text(version)
+    for path in original.iterdir():
+        if path.name != "version":
+            (copy / path.name).symlink_to(path)
+    first = "import dl_norm.integrations.verl\n" if names else ""
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n" + first + NAMES
+    done = run(fresh_python, "-W", "ignore", "-c", code, tmp_path)
+    assert words in done.stderr
+    assert done.stdout.splitlines()[-1].partition(" ")[0] == names
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_checks()))
