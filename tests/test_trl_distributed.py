@@ -225,7 +225,7 @@ def test_sharded_head(directory, two, name):
     their_loss, their_gradients = two[1][name]
     assert relative_error(their_gradients, gradients) < 1e-5
     # A difference of sums of up to 16 terms of order 1/16.
-    assert their_loss == pytest.approx(loss, rel=1e-5, abs=1e-7)
+    assert their_loss.item() == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
 
 
 def test_sharded_head_in_bfloat16(directory, two):

@@ -308,7 +308,7 @@ BAD_WEIGHTS = [
      r"\(G,\), got \(2, 3\).*mask.sum"),
     ({"lengths": torch.tensor(3)}, ValueError, r"\(G,\), got \(\)"),
     ({"lengths": torch.tensor([3, -1])}, ValueError, "lengths must be >= 0, got a negative"),
-    ({"method": "ppo"}, ValueError, "one of delta_l, grpo, dapo, dr_grpo; got 'ppo'"),
+    ({"method": "ppo"}, ValueError, "one of delta_l, grpo, dapo, dr_grpo, luspo; got 'ppo'"),
     ({"alpha": -0.1}, ValueError, "expected 0 <= alpha <= 16 and finite, got alpha=-0.1"),
     ({"alpha": 16.5}, ValueError, "expected 0 <= alpha <= 16 and finite, got alpha=16.5"),
     ({"alpha": math.nan}, ValueError, "finite, got alpha=nan"),

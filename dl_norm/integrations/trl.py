@@ -8,16 +8,17 @@ the reference's log-probs, and logs the same metrics under the same names. Use i
     DeltaLGRPOTrainer(model=..., reward_funcs=..., args=args, train_dataset=...).train()
 
 With ``fused_lm_head=True`` the loss goes from the last hidden states straight to their gradient
-(``dl_norm.linear_policy_loss``), with three matrix products in the head instead of four.
+(``dl_norm.linear_policy_loss``), mostly with three matrix products in the head instead of four.
 
 The weights of the sequences are computed once per generation batch, over all its sequences on all
 processes, right after generation, and travel with the sequences through TRL's shuffling and
 splitting. No micro-batch ever normalises by what it happens to see.
 
-What TRL does beside the clipped token loss is kept: the KL term (with or without its bias
-correction), asymmetric and two-sided clipping, vLLM's importance sampling correction, off-policy
-sequence masking, the high-entropy token mask, a constant entropy bonus and the load-balancing loss
-of mixtures of experts. What cannot be kept raises ValueError at construction.
+TRL's other token losses are ``surrogate="cispo"`` and ``"sapo"``; its ratios of whole sequences and
+its "luspo" are there too. What TRL does beside the token loss is kept: the KL term (with or without
+its bias correction), asymmetric and two-sided clipping, vLLM's importance sampling correction,
+off-policy sequence masking, the high-entropy token mask, a constant entropy bonus and the
+load-balancing loss of mixtures of experts. What cannot be kept raises ValueError at construction.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class DeltaLGRPOTrainer(GRPOTrainer):
     """``trl.GRPOTrainer`` whose loss is the weighted sum of ``dl_norm.policy_loss``.
 
     Takes the arguments of ``GRPOTrainer``; ``args`` is a ``DeltaLGRPOConfig``. Metrics keep TRL's
-    names and meaning; they stay on the device until they are logged.
+    names and meaning; they stay on the device until they are logged. A callback with a method
+    ``on_policy_loss(trainer, log_probs, mask, inputs)`` sees every micro-batch that is trained on.
 
     The log-ratio is clamped to +-20 as in ``dl_norm.policy_loss``: a ratio beyond e^20, where TRL's
     loss is about to overflow, gets no gradient.
@@ -195,14 +197,12 @@ class DeltaLGRPOTrainer(GRPOTrainer):
                 self._entropy_mask(entropies, mask) if self._entropy_bonus_enabled else None
             )
             loss = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
-        log_probs, entropies_seen = log_probs.detach(), entropies.detach()
+        log_probs = log_probs.detach()
         if train:
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "on_policy_loss"):  # of trl_monitor
-                    callback.on_policy_loss(self, log_probs, mask, inputs)
+            self._show_callbacks(log_probs, mask, inputs)
         ratio = self._ratio(log_probs, inputs, mask)
         record = clip_record(ratio, inputs["advantages"], mask, self.args)
-        record["token_mean", "entropy"] = (entropies_seen * mask).sum()
+        record["token_mean", "entropy"] = (entropies.detach() * mask).sum()
         if self.beta != 0.0:
             record["token_mean", "kl"] = self._token_kl(log_probs, ratio, inputs, mask).sum()
         if self._entropy_bonus_enabled:
@@ -219,6 +219,12 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation_steps
         self._records.add("train" if train else "eval", record, self.accelerator.gather)
         return loss
+
+    def _show_callbacks(self, log_probs, mask, inputs) -> None:
+        """``callback.on_policy_loss(trainer, log_probs, mask, inputs)``, of those that have it."""
+        for callback in self.callback_handler.callbacks:
+            if show := getattr(callback, "on_policy_loss", None):
+                show(self, log_probs, mask, inputs)
 
     def _loss_of_log_probs(self, log_probs, entropies, inputs, mask, weights) -> Tensor:
         """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy."""

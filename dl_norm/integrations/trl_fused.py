@@ -103,12 +103,17 @@ def _call_head(
 
     def forward(hidden: Tensor) -> Tensor:
         weight, bias = head.weight, head.bias
-        hidden = hidden.to(weight.device)  # a model split over devices may end on another one
-        if not cast_to_fp32:
+        device = weight.device
+        dtype = hidden.dtype
+        if cast_to_fp32:
+            dtype = torch.float32
+        elif torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if cast_to_fp32 or torch.is_autocast_enabled(device.type):
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        hidden = hidden.to(device, dtype)  # a model split over devices may end on another one
+        with torch.autocast(device.type, enabled=False):
             return loss_head(hidden, weight, bias=bias, **options)
-        bias = None if bias is None else bias.float()
-        with torch.autocast(hidden.device.type, enabled=False):
-            return loss_head(hidden.float(), weight.float(), bias=bias, **options)
 
     previous = vars(head).get("forward")
     head.forward = forward
