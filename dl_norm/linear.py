@@ -108,10 +108,12 @@ def linear_policy_loss(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, lm_head_weight, bias)
     )
-    outputs = LinearPolicyLossFunction.apply(
-        hidden, lm_head_weight, bias, settings, chunks, _choose(impl, hidden), needed,
-        *vars(rows).values(),
-    )  # fmt: skip
+    # What autocast asks for has been done: inside, it would cast the products' float32 operands.
+    with torch.autocast(hidden.device.type, enabled=False):
+        outputs = LinearPolicyLossFunction.apply(
+            hidden, lm_head_weight, bias, settings, chunks, _choose(impl, hidden), needed,
+            *vars(rows).values(),
+        )  # fmt: skip
     return with_outputs(outputs, token_ids.shape, weights, settings, returns)
 
 
