@@ -105,8 +105,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
             names = wheel.namelist()
             sources = {
                 f"dl_norm/{file.relative_to(ROOT / 'dl_norm')}"
-                for folder in ("dl_norm", "dl_norm/kernels", "dl_norm/integrations")
-                for file in (ROOT / folder).glob("*.py")
+                for folder in ("", "kernels", "integrations", "diagnose")
+                for file in (ROOT / "dl_norm" / folder).glob("*.py")
             }
             package = {name for name in names if ".dist-info/" not in name}
             assert package == sources | {"dl_norm/py.typed"}
