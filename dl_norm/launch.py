@@ -96,7 +96,15 @@ def policy_loss_fwd(
     )
     strided = not all(stream is None or _is_vectorisable(stream) for stream in streams)
     strides = [stride for stream in streams for stride in _strides(stream)]
-    config = _tile_config(log_probs.element_size())
+    variant = (
+        options.surrogate != "clip"
+        or options.ratio_level != "token"
+        or options.bias_corrected_kl
+        or entropy_mask is not None
+        or sequence_mask is not None
+    )
+    # 8 tokens a thread of a variant are more than fit in registers.
+    config = _tile_config(4 if variant else log_probs.element_size())
     programs = -(-tokens // config.block)
     num_sums = 1 + sums.numel()
     partials = torch.empty((num_sums, programs), dtype=torch.float32, device=device)
@@ -164,7 +172,7 @@ def policy_loss_fwd(
                 *settings,
                 **flags,
                 BIAS_CORRECTED_KL=corrected,
-                BLOCK=2048,
+                BLOCK=config.block,
                 num_warps=config.num_warps,
             )
         kernel = policy_loss_fwd_strided_kernel if strided else policy_loss_fwd_kernel

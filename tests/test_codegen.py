@@ -63,6 +63,11 @@ def tokens_per_thread(row):
     return row["constants"]["BLOCK"] // row["threads"]
 
 
+def is_variant(case):
+    masks = case["entropy_mask"] or case["sequence_mask"]
+    return masks or case["corrected"] or case["level"] != "token" or case["surrogate"] != "clip"
+
+
 def wide(row, dtypes):
     """128-bit accesses that one pass of a thread over tensors of these dtypes needs."""
     sizes = [tokens_per_thread(row) * ITEMSIZE[dtype] for dtype in dtypes]
@@ -97,10 +102,6 @@ def test_nothing_spills(kernels):
     old = Version(triton.__version__) < Version("3.7")
     if spilled and old and all(row.endswith("on sm_80") for row in spilled):
         pytest.xfail(f"the assembler of Triton {triton.__version__} spills on sm_80: {spilled}")
-    scalar = {name(row) for row in kernels if row.get("scalar_spills", 0) > 24}
-    over = scalar | set(spilled)
-    if over and all(_is_variant(row) for row in over):
-        pytest.xfail(f"kernels of loss variants spill: {sorted(over)}")
     assert not spilled
     assert not {name(row): row["local_memory"] for row in kernels if row["local_memory"]}
     assert all(row.get("scalar_spills", 0) <= 24 for row in kernels)
@@ -116,11 +117,17 @@ def test_no_atomics(kernels):
 
 
 def test_interior_loads_are_128_bit(kernels):
-    """Each contiguous token tensor is read by 128-bit loads, and nothing else is that wide."""
+    """Each contiguous token tensor is read by 128-bit loads, and nothing else is that wide. A
+    thread of a variant has 4 tokens, which in 16 bits are a 64-bit load."""
     for row in kernels:
         case = row["case"]
         if case["kernel"] == FWD and not case["strided"]:
-            assert tokens_per_thread(row) * ITEMSIZE[case["dtype"]] == 16, name(row)
+            if is_variant(case):
+                assert tokens_per_thread(row) == 4, name(row)
+                sizes = [4 * ITEMSIZE[dtype] for dtype in token_dtypes(case)]
+                assert row["loads"].get("64", 0) >= sizes.count(8), name(row)
+            else:
+                assert tokens_per_thread(row) * ITEMSIZE[case["dtype"]] == 16, name(row)
             expected = wide(row, token_dtypes(case))
         elif case["kernel"] == BWD:
             expected = wide(row, [case["dtype"]])
@@ -152,7 +159,7 @@ def test_interior_stores_are_128_bit(kernels):
         if case["kernel"] == FWD:
             grad = "bfloat16" if case["dtype"] == "bfloat16" else "float32"
             expected = 2 * wide(row, [grad]) if case["grad"] else 0
-            assert expected or not case["grad"], name(row)
+            assert expected or is_variant(case) or not case["grad"], name(row)
         elif case["kernel"] == BWD:
             expected = wide(row, [case["out"]])
             assert expected >= 1, name(row)
@@ -171,6 +178,8 @@ def register_budget(row):
         return 40
     if case["kernel"] == SEQUENCE:
         return 128  # one program a sequence: there are seldom more of them than fit
+    if is_variant(case):
+        return 80
     if case["dtype"] != "float32":  # 8 tokens a thread, and the compiler for sm_80 uses more
         return 160 if row["target"] == "sm_80" else 128
     if case["name"] in ("padded", "packed", "packed, mask") and row["target"] == "sm_90":
@@ -192,14 +201,7 @@ def test_registers_within_budget(report, target):
 def test_registers_within_budget_on_gfx942(report):
     """128 of 512 VGPRs: 4 waves of 64 on each SIMD."""
     rows = [row for row in report["kernels"] if row["target"] == "gfx942"]
-    over = {name(row): row["registers"] for row in rows if row["registers"] > 128}
-    if over and all(_is_variant(row) for row in over):
-        pytest.xfail(f"kernels of loss variants are over the budget: {over}")
-    assert not over
-
-
-def _is_variant(row: str) -> bool:
-    return "variants" in row or "policy_loss_sequence_kernel" in row
+    assert not {name(row): row["registers"] for row in rows if row["registers"] > 128}
 
 
 def test_one_kernel_for_all_sizes_and_options(report):
