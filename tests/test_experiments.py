@@ -179,6 +179,17 @@ def test_only_seeds_that_every_method_has_are_compared():
         for s in seeds
     ]
     assert [list(by_seed) for by_seed in countdown_analysis.matched(runs).values()] == [[0, 2]] * 2
+    runs.append({**runs[0], "scale": "raw"})
+    with pytest.raises(ValueError, match="file of its own"):
+        countdown_analysis.matched(runs)
+
+
+def test_runs_of_other_settings_do_not_get_into_a_file(tmp_path, capsys):
+    output = tmp_path / "runs.jsonl"
+    output.write_text((RESULTS / "countdown" / "runs.jsonl").read_text())
+    with pytest.raises(SystemExit):
+        countdown.main(["--output", str(output), "--learning-rate", "1"])
+    assert "holds runs of other settings" in capsys.readouterr().err
 
 
 # Gradients
@@ -304,10 +315,12 @@ def test_committed_countdown_summary_follows_from_the_data():
     folder = RESULTS / "countdown"
     committed = json.loads((folder / "summary.json").read_text())
     start = json.loads((folder / "start.json").read_text())
-    runs = countdown.finished(folder / "runs.jsonl")
-    assert countdown_analysis.summarize(runs, start) == approximately(committed)
-    assert len(committed["seeds"]) >= 3 and len(committed["methods"]) == len(countdown.METHODS)
-    assert tables.countdown(committed) in (RESULTS.parent / "REPORT.md").read_text()
+    assert sorted(committed) == sorted(path.stem for path in folder.glob("runs*.jsonl"))
+    for name, summary in committed.items():
+        runs = countdown.finished(folder / f"{name}.jsonl")
+        assert countdown_analysis.summarize(runs, start) == approximately(summary)
+        assert len(summary["seeds"]) >= 3 and len(summary["methods"]) == len(countdown.METHODS)
+        assert tables.countdown(summary) in (RESULTS.parent / "REPORT.md").read_text()
 
 
 def test_committed_figures_are_small():

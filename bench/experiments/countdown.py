@@ -234,6 +234,9 @@ def main(arguments: list[str] | None = None) -> None:
     warm = tiny.WarmStart(steps=options.warm_steps, held_out=options.held_out)
     done = [{k: r[k] for k in asdict(default)} for r in finished(options.output)]
     todo = [s for s in settings(options) if asdict(s) not in done]
+    one = {"method": "", "seed": 0}  # all else is the same in a file
+    if any({**record, **one} != {**asdict(todo[0]), **one} for record in done if todo):
+        parser.error(f"{options.output} holds runs of other settings: name another with --output")
     print(f"{len(todo)} runs to do; results in {options.output}", flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     start = options.output.with_name("start.json")

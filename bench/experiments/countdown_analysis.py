@@ -22,12 +22,21 @@ def interval(values: list[float]) -> dict:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def matched(runs: list[dict], scale: str = "matched") -> dict[str, dict[int, dict]]:
-    """method -> seed -> run, for the seeds that every method has finished."""
-    methods = list(dict.fromkeys(run["method"] for run in runs if run["scale"] == scale))
-    by_method = {
-        m: {r["seed"]: r for r in runs if r["method"] == m and r["scale"] == scale} for m in methods
-    }
+def matched(runs: list[dict]) -> dict[str, dict[int, dict]]:
+    """method -> seed -> run, for the seeds that every method has finished.
+
+    Raises ValueError if the runs differ in more than method and seed.
+    """
+    configs = [config_of(run) for run in runs]
+    for config in configs:
+        if config != configs[0]:
+            raise ValueError(
+                f"runs of different settings in one file: {configs[0]} and {config}. Give each "
+                "setting a file of its own (--output)"
+            )
+    by_method: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        by_method.setdefault(run["method"], {})[run["seed"]] = run
     common = set.intersection(*(set(seeds) for seeds in by_method.values()))
     return {m: {s: seeds[s] for s in sorted(common)} for m, seeds in by_method.items()}
 
@@ -57,10 +66,8 @@ def summarize(runs: list[dict], start: dict) -> dict:
                 difference["excludes_0"] = bool(difference["low"] > 0 or difference["high"] < 0)
                 record[f"baseline_minus_this_{key}"] = difference
         methods[method] = record
-    some = next(iter(next(iter(table.values())).values()))
-    config = {k: v for k, v in some.items() if k not in RESULTS_OF_A_RUN}
     return {
-        "config": config,
+        "config": config_of(runs[0]),
         "seeds": sorted(next(iter(table.values()))),
         "before": {key: start[key] for key in ("avg", "pass", "length")},
         "methods": methods,
@@ -68,6 +75,10 @@ def summarize(runs: list[dict], start: dict) -> dict:
 
 
 RESULTS_OF_A_RUN = ("method", "seed", "constant", "seconds", "final", "evaluations", "curve")
+
+
+def config_of(run: dict) -> dict:
+    return {k: v for k, v in run.items() if k not in RESULTS_OF_A_RUN}
 
 
 def monotonicity(run: dict) -> float:

@@ -124,11 +124,15 @@ def main(arguments: list[str] | None = None) -> None:
             print(tables.exponents(summary), tables.batches(summary), sep="\n\n")
     if (countdown / "runs.jsonl").exists():
         start = json.loads((countdown / "start.json").read_text())
-        summary = countdown_analysis.summarize(finished(countdown / "runs.jsonl"), start)
+        summary = {  # a file for each setting: learning rate, scale
+            path.stem: countdown_analysis.summarize(finished(path), start)
+            for path in sorted(countdown.glob("runs*.jsonl"))
+        }
         (countdown / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print(countdown_figure(countdown))
         if options.markdown:
-            print(tables.countdown(summary))
+            for name, numbers in summary.items():
+                print(f"\n{name}\n", tables.countdown(numbers), sep="\n")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,9 @@ def delta_l_factors(response_mask: Tensor, config: Any = None) -> Tensor:
         raise ValueError(f"unknown option algorithm.{unknown[0]}; there is algorithm.{_ALPHA}")
     _check_actor(config)
     lengths = (response_mask != 0).sum(-1)
-    weights = dl_norm.sequence_weights(lengths, alpha=config.get(_ALPHA, 1.0), max_length=1)
+    weights = dl_norm.sequence_weights(
+        lengths, alpha=config.get(_ALPHA, 1.0), max_length=1, group="local"
+    )
     return lengths.shape[0] * weights
 
 
