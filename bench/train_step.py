@@ -67,10 +67,10 @@ SHAPES = {
 }
 
 
-def make_model(shape: Shape, device: torch.device) -> Any:
+def make_model(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
@@ -83,7 +83,7 @@ def make_model(shape: Shape, device: torch.device) -> Any:
         eos_token_id=1,
         bos_token_id=None,
     )
-    return Qwen2ForCausalLM(config).to(device, matmul_dtype(device))
+    return Qwen2ForCausalLM(config).to(dtype)
 
 
 def make_batch(shape: Shape, device: torch.device) -> dict[str, Any]:
@@ -108,8 +108,14 @@ def make_batch(shape: Shape, device: torch.device) -> dict[str, Any]:
     }
 
 
-def make_trainer(kind: str, shape: Shape, device: torch.device, folder: str) -> Any:
-    """kind: "plain" (full logits), "TRL", "dl_norm" or "dl_norm fused"."""
+def no_reward(completions: list, **_) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def make_trainer(
+    kind: str, model: Any, shape: Shape, folder: str, reward: Callable = no_reward, **settings
+) -> Any:
+    """kind: "plain" (full logits), "TRL", "dl_norm" or "dl_norm fused". settings: of GRPOConfig."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -136,9 +142,10 @@ def make_trainer(kind: str, shape: Shape, device: torch.device, folder: str) -> 
         per_device_train_batch_size=shape.sequences,
         num_generations=shape.sequences,
         bf16=False,  # the model itself is bfloat16 on a GPU
-        use_cpu=device.type == "cpu",
+        use_cpu=model.device.type == "cpu",
         report_to=[],
         beta=0.0,
+        **settings,
     )
     if kind in ("plain", "TRL"):
         trainer_class = FullLogitsTrainer if kind == "plain" else GRPOTrainer
@@ -148,22 +155,21 @@ def make_trainer(kind: str, shape: Shape, device: torch.device, folder: str) -> 
         args = DeltaLGRPOConfig(aggregation="dr_grpo", fused_lm_head=kind == OURS, **common)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
     trainer = trainer_class(
-        make_model(shape, device),
-        lambda completions, **_: [0.0] * len(completions),
+        model,
+        reward,
         args,
         train_dataset=Dataset.from_dict({"prompt": ["x"] * shape.sequences}),
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
         ),
     )
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
     return trainer
 
 
 def make_step(trainer: Any, batch: dict[str, Any], learning_rate: float) -> Callable[[], Tensor]:
     """loss, backward, AdamW. Returns the loss; the gradients stay until the next call."""
-    model = trainer.model
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     batch = dict(batch)
     if hasattr(trainer.args, "aggregation"):  # what its own generation step would have added
@@ -213,7 +219,12 @@ def run(shape: Shape, device: torch.device, rounds: int) -> list[StepRow]:
     tokens = int(batch["completion_mask"].sum()) + batch["prompt_mask"].numel()
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {kind: make_trainer(kind, shape, device, folder) for kind in KINDS}
+        trainers = {
+            kind: make_trainer(
+                kind, make_model(shape, matmul_dtype(device)).to(device), shape, folder
+            )
+            for kind in KINDS
+        }
     # No learning: every round is then the same work on the same model.
     steps = {kind: make_step(trainer, batch, 0.0) for kind, trainer in trainers.items()}
     values = {

@@ -11,6 +11,7 @@
 # logits     logits and token log-probs against Liger's and TRL's kernels
 # linear     hidden states and head against every fused head (BENCH_ARGS adds options to these three)
 # step       one TRL training step, Qwen2.5-0.5B's and 1.5B's shape
+# curves     200 training steps with TRL's loss and with ours, float32: the curves and their distance
 # profile    DRAM bytes of the kernels by ncu, where the machine lets ncu read counters
 #
 # Uses the python3 at hand when it has torch, triton and sees the GPU, else .venv, else makes it.
@@ -21,7 +22,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STAGES=(tests sanitize bits bench logits linear step profile)
+STAGES=(tests sanitize bits bench logits linear step curves profile)
 for stage in "$@"; do
     if ! printf '%s\n' "${STAGES[@]}" | grep -qx -- "$stage"; then
         echo "ci/gpu.sh: unknown stage '$stage': choose from ${STAGES[*]}" >&2
@@ -120,6 +121,11 @@ run_step() {
             tee "$stamp-step-$shape.txt"
         [ "${PIPESTATUS[0]}" -eq 0 ] || return 1
     done
+}
+
+run_curves() {
+    "$PYTHON" -m bench.train_curves --results "$RESULTS" 2>&1 | tee "$stamp-curves.txt"
+    return "${PIPESTATUS[0]}"
 }
 
 run_profile() {

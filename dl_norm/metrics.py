@@ -58,7 +58,17 @@ class PolicyLossMetrics:
         return PolicyLossMetrics(**total)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> PolicyLossMetrics:
-        """The metrics of all ranks of ``group`` together (None: the default group)."""
+        """The metrics of all ranks of ``group`` together (None: the default group).
+
+        Raises:
+            ValueError: this process is not in ``group`` (torch would warn and leave its sums as
+                they are).
+        """
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "this process is not in the group: its sums would be left out; pass a group that "
+                "it is a member of"
+            )
         fields = dict(vars(self))
         ratio_max = fields.pop("ratio_max").clone()
         sums = torch.stack(list(fields.values()))

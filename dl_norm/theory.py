@@ -249,7 +249,10 @@ def estimate_exponent(
             as they are not independent. None: each sequence is a group.
         confidence, resamples, seed: of the bootstrap.
 
-    Sequences with L = 0 or a squared norm of 0 (no advantage) say nothing and are left out.
+    Sequences with L = 0 or a squared norm of 0 (no advantage) say nothing and are left out. The
+    mean of a logarithm lies below the logarithm of the mean, by more the wider the norms are
+    spread: where those of short sequences are spread wider than those of long ones, the slope is
+    too steep.
 
     Raises:
         ValueError: arrays that do not fit, negative or not finite; fewer than two lengths or two

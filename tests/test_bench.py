@@ -280,6 +280,24 @@ def test_a_tiny_training_step(tmp_path, capsys) -> None:
     assert "dl_norm fused" in capsys.readouterr().out
 
 
+def test_tiny_training_curves(tmp_path, capsys) -> None:
+    """Four steps from the same weights and random numbers: the curves of all losses are one."""
+    pytest.importorskip("trl")
+    from bench import train_curves
+
+    path = train_curves.main(["--tiny", "--device", "cpu", "--results", str(tmp_path)])
+    curves = json.loads(path.read_text())["curves"]
+    assert path.with_suffix(".png").stat().st_size > 1000
+    assert all(len(curve) == 4 for own in curves.values() for curve in own.values())
+    for name, found in train_curves.distances(curves).items():
+        if name == train_curves.CHANCE:
+            assert min(found.values()) > 1e-5  # what differs does show
+        else:
+            assert max(found.values()) < 1e-5, name
+            assert train_curves.same_steps(curves, name) == 4
+    assert "dl_norm fused" in capsys.readouterr().out
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(SystemExit, match=r"unknown .*'no such'"):
         table.main(["--tiny", "--contestants", "no such"])

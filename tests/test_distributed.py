@@ -250,6 +250,8 @@ def refusal(group, function=dl_norm.sequence_weights, **options):
             elif function is dl_norm.delta_l_loss:
                 zeros = torch.zeros(1, 2)
                 function(zeros, zeros, zeros, zeros, group=group, **METHOD)
+            elif function is dl_norm.PolicyLossMetrics.all_reduce:
+                function(dl_norm.PolicyLossMetrics.from_sums(torch.ones(9), torch.ones(2)), group)
             else:
                 function(torch.ones(1, 2), group)
         except (TypeError, ValueError) as error:
@@ -265,7 +267,9 @@ def errors_of_rank(rank, groups):
         "context_parallel_lengths": context_parallel_lengths,
     }
     errors = {f"no group: {name}": refusal(None, f) for name, f in functions.items()}
-    errors["not a member"] = refusal(groups[(rank + 1) % len(groups)])
+    other = groups[(rank + 1) % len(groups)]
+    errors["not a member"] = refusal(other)
+    errors["not a member: metrics"] = refusal(other, dl_norm.PolicyLossMetrics.all_reduce)
     errors["mesh"] = refusal(init_device_mesh("cpu", (dist.get_world_size(),)))
     return errors
 
@@ -380,10 +384,12 @@ def test_a_missing_or_wrong_group_is_refused(ranks, folder):
         without = {key: error for key, error in errors.items() if key.startswith("no group")}
         assert len(without) == 4
         if ranks == 1:  # one process has the whole batch
-            assert not any(without.values()) and not errors["not a member"]
+            assert not any(without.values())
+            assert not errors["not a member"] and not errors["not a member: metrics"]
         else:
             assert all(f"ValueError: {ranks} processes" in error for error in without.values())
-            assert "not in the group" in errors["not a member"]
+            for key in ("not a member", "not a member: metrics"):
+                assert "ValueError" in errors[key] and "not in the group" in errors[key], key
 
 
 def test_metrics_all_reduce(case):

@@ -11,11 +11,14 @@ is split into words, for the namespace to look at.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import math
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -66,6 +69,35 @@ def test_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             run(block, space)
     with pytest.raises(StopIteration):
         next(make)
+
+
+def test_contributing_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {Path(name).name for name in re.findall(r"`([\w./]+\.(?:py|sh))`", text)}
+    named |= {name for glob in re.findall(r"`(test_\w*\*\.py)`", text) for name in matching(glob)}
+    paths = [*ROOT.glob("dl_norm/*.py"), *ROOT.glob("dl_norm/integrations/*.py")]
+    paths += [path for room in ("kernels", "bench", "tests") for path in ROOT.glob(f"{room}/*.py")]
+    paths += [*ROOT.glob("ci/*.py"), *ROOT.glob("ci/*.sh")]
+    assert {path.name for path in paths} - named <= {"__init__.py", "_version.py", "conftest.py"}
+    assert named <= {path.name for path in paths}, "files that are gone"
+
+
+def matching(glob: str) -> list[str]:
+    return [path.name for path in ROOT.glob(f"tests/{glob}")]
+
+
+def test_verl_and_trl_need_environments_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the README warns of: verl's engine patches a class that the supported TRL has not."""
+    pytest.importorskip("trl")
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    patches = list(ROOT.glob(".venv-verl/lib/*/site-packages/verl/models/transformers/monkey_*.py"))
+    if not patches:
+        pytest.skip("verl is not here: bash ci/verl_env.sh")
+    wanted = re.findall(r"from (trl[\w.]*) import (\w+)", patches[0].read_text())
+    assert wanted
+    for module, name in wanted:
+        found = importlib.util.find_spec(module)
+        assert found is None or not hasattr(importlib.import_module(module), name), module
 
 
 def run(block: dict[str, str], space: dict[str, Any]) -> None:
@@ -126,7 +158,7 @@ def tiny_batch() -> dict[str, Any]:
 @namespace
 def loop(_) -> Namespace:
     space = tiny_batch()
-    del space["weights"]
+    del space["weights"], space["dl_norm"]
     yield space
     assert space["log_probs"].grad.abs().sum() > 0
 
@@ -145,6 +177,38 @@ def metrics(_) -> Namespace:
 
 
 @namespace
+def heads(_) -> Namespace:
+    space = tiny_batch()
+    head = torch.nn.Linear(6, 20, bias=False)
+    hidden = torch.randn(4, 8, 6, requires_grad=True)
+    space |= {
+        "hidden": hidden,
+        "model": SimpleNamespace(lm_head=head),
+        "token_ids": torch.randint(20, (4, 8)),
+        "advantages": space["adv"],
+        "logits": head(hidden),
+    }
+    space["old_log_probs"] = space["logits"].log_softmax(-1)[..., 0].detach()
+    yield space
+    args = [space[k] for k in ("token_ids", "old_log_probs", "advantages", "mask", "weights")]
+    one = dl_norm.linear_policy_loss(hidden, head.weight, *args)
+    assert torch.allclose(space["loss"], one, rtol=1e-5) and one.abs() > 1e-6
+    log_probs = space["logits"].log_softmax(-1).gather(-1, space["token_ids"][..., None])[..., 0]
+    difference = (space["old"] - log_probs)[space["mask"]]
+    assert difference.abs().max() < 1e-5 and not space["old"].requires_grad
+
+
+@namespace
+def monitor(_) -> Namespace:
+    batch = tiny_batch()
+    logged: list[dict[str, float]] = []
+    rows = [(batch["log_probs"][i : i + 2], batch["mask"][i : i + 2]) for i in (0, 2)]
+    yield {"micro_batches": rows, "log": logged.append}
+    (summary,) = logged
+    assert summary["beta_low"] <= summary["beta"] <= summary["beta_high"]
+
+
+@namespace
 def distributed(_) -> Namespace:
     space = tiny_batch()
     log_probs = space["log_probs"]
@@ -156,7 +220,67 @@ def distributed(_) -> Namespace:
     assert log_probs.grad.abs().sum() > 0 and space["scale"] == 1
 
 
-# -- the adapters
+# -- the trainers
+
+
+@namespace
+def trl(patch: pytest.MonkeyPatch) -> Namespace:
+    """One step of every trainer, of a tiny model on the CPU; M is the 3072 of the snippets."""
+    pytest.importorskip("trl")
+    tiny = sys.modules.get("trl_tiny") or sibling("trl_tiny")
+    from dl_norm.integrations import trl as integration
+
+    config, trainer = integration.DeltaLGRPOConfig, integration.DeltaLGRPOTrainer
+    small = {
+        "per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1, "use_cpu": True,
+        "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "logging_steps": 1, "gradient_checkpointing": False,
+    }  # fmt: skip
+    runs: list[Any] = []
+    calls: dict[str, list[Any]] = {"policy_loss": [], "linear_policy_loss": []}
+    make_config, make_trainer, train = config.__init__, trainer.__init__, trainer.train
+
+    def fused(*args: Any, **given: Any) -> Any:
+        calls["linear_policy_loss"].append(given["weights"])
+        return dl_norm.linear_policy_loss(*args, **given)
+
+    def plain(*args: Any, **given: Any) -> Any:
+        calls["policy_loss"].append(given["weights"])
+        return original(*args, **given)
+
+    def remember(self: Any) -> None:
+        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for seen in calls.values():
+            seen.clear()
+        train(self)
+        moved = any((p != before[name]).any() for name, p in self.model.named_parameters())
+        weights = {name: list(seen) for name, seen in calls.items() if seen}
+        runs.append((self.args, self.state.log_history[0]["loss"], moved, weights))
+
+    original = dl_norm.policy_loss
+    patch.setattr(dl_norm, "policy_loss", plain)
+    patch.setattr(integration, "linear_policy_loss", fused)
+    patch.setattr(config, "__init__", lambda self, **o: make_config(self, **small, **o))
+    patch.setattr(trainer, "train", remember)
+    with tempfile.TemporaryDirectory() as folder, tiny.quiet(), tiny.one_thread():
+        patch.chdir(folder)
+        model = tiny.save_model(Path(folder) / "model")
+        # Nothing to generate with, and a tokenizer that goes by another name than the model.
+        tokenizer = tiny.PreTrainedTokenizerFast.from_pretrained(model)
+        given = {"rollout_func": tiny.fixed_rollouts, "processing_class": tokenizer}
+        patch.setattr(trainer, "__init__", functools.partialmethod(make_trainer, **given))
+        space = {"model": model, "reward": tiny.reward, "data": tiny.prompts(8)}
+        yield space
+    callbacks = space["trainer"].callback_handler.callbacks
+    assert any(type(callback).__name__ == "VarianceMonitorCallback" for callback in callbacks)
+    assert [args.fused_lm_head for args, *_ in runs] == [False, True]
+    for args, loss, moved, weights in runs:
+        assert math.isfinite(loss) and loss != 0 and moved
+        assert args.alpha == 0.75 and args.aggregation == "delta_l"
+        # The loss that ran, once, with weights that add up to 1/M.
+        ((name, (used,)),) = weights.items()
+        assert name == ("linear_policy_loss" if args.fused_lm_head else "policy_loss")
+        assert used.sum().item() == pytest.approx(1 / 3072)
 
 
 @namespace
