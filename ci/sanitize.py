@@ -33,6 +33,22 @@ OPTIONS = {
     "no-clamp": {"log_ratio_clamp": None},
 }
 PRESENT = ("old", "ref", "token-advantages", "rollout", "token-rollout", "metrics")
+# name -> tensors that are given, options. Each variant alone, then with everything else.
+_ALL = {"old", "ref", "token-advantages", "token-rollout", "entropy-mask", "sequence-mask"}
+_CORRECTED = {"bias_corrected_kl": True, "ratio_level": "sequence"}
+VARIANTS: dict[str, tuple[set[str], dict]] = {
+    "sequence": ({"old"}, {"ratio_level": "sequence"}),
+    "sequence-token": ({"old", "token-advantages"}, {"ratio_level": "sequence_token"}),
+    "cispo": ({"old"}, {"surrogate": "cispo"}),
+    "sapo": ({"old"}, {"surrogate": "sapo"}),
+    "corrected-kl": ({"old", "ref"}, {"bias_corrected_kl": True}),
+    "entropy-mask": ({"old", "entropy-mask"}, {}),
+    "sequence-mask": ({"old", "sequence-mask"}, {}),
+    "clip-everything": (_ALL | {"metrics"}, _CORRECTED),
+    "cispo-everything": (_ALL | {"metrics"}, {**_CORRECTED, "surrogate": "cispo"}),
+    "sapo-everything": (_ALL | {"metrics"}, {**_CORRECTED, "surrogate": "sapo"}),
+    "no-old-everything": (_ALL - {"old"}, _CORRECTED),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,6 +75,12 @@ def configurations() -> Iterator[tuple[str, dict]]:
             yield (
                 name,
                 {"layout": layout, "dtype": dtype, "flags": frozenset({"old"}), "options": values},
+            )
+        for variant, (flags, values) in VARIANTS.items():
+            name = f"{layout} {str(dtype).removeprefix('torch.')} variant {variant}"
+            yield (
+                name,
+                {"layout": layout, "dtype": dtype, "flags": frozenset(flags), "options": values},
             )
     for name in ("no-grad", "int-mask", "float-mask", "empty", "scaled"):
         flags = frozenset({"old"})
@@ -112,6 +134,10 @@ def make(layout: str, dtype: torch.dtype, flags: frozenset[str], device: torch.d
         arguments["rollout_weights"] = torch.rand(sequences, generator=generator, device=device)
     if "token-rollout" in flags:
         arguments["rollout_weights"] = tokens(1.0, torch.float32).abs()
+    if "entropy-mask" in flags:
+        arguments["entropy_mask"] = tokens(1.0, torch.float32) > 0
+    if "sequence-mask" in flags:
+        arguments["sequence_mask"] = torch.arange(sequences, device=device) % 3 > 0
     if "metrics" in flags:
         arguments["return_metrics"] = True
     return arguments

@@ -19,6 +19,7 @@ pytestmark = [
 
 GB = 2**30
 OPTIONS = {"eps_high": 0.28, "dual_clip": 3.0, "beta": 0.1}
+VARIANT = {"ratio_level": "sequence", "surrogate": "sapo", "beta": 0.1, "bias_corrected_kl": True}
 
 
 def needs_free_memory(gigabytes: int) -> None:
@@ -35,14 +36,15 @@ def test_the_kernels_are_compiled():
 # -- graphs and streams --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("variant", [OPTIONS, VARIANT], ids=["clip", "variant"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["padded", "packed_mask"])
-def test_cuda_graph(layout, dtype, make_batch, run_loss):
+def test_cuda_graph(layout, dtype, variant, make_batch, run_loss):
     """Captured once, forward and backward; replayed over other data it gives that data's result."""
     kind = {"layout": layout, "dtype": dtype, "holes": True, "ref": True, "rollout": "token"}
     batches = [make_batch([500, 0, 1300, 17], 1300, seed=seed, **kind) for seed in range(3)]
     static = batches[0].map(torch.clone).replace(mask=batches[0].mask.clone())
-    options = {**OPTIONS, "impl": "triton", "upstream": 3.0, "return_metrics": True}
+    options = {**variant, "impl": "triton", "upstream": 3.0, "return_metrics": True}
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -84,9 +86,10 @@ def test_two_streams(make_batch, run_loss):
         assert torch.equal(result.grad, expected[i % 2].grad)
 
 
+@pytest.mark.parametrize("options", [OPTIONS, VARIANT], ids=["clip", "variant"])
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("layout", ["padded", "packed", "packed_mask"])
-def test_no_host_sync(layout, impl, make_batch):
+def test_no_host_sync(layout, impl, options, make_batch):
     """Weights, loss, metrics and backward are enqueued without waiting for the device."""
     batch = make_batch([500, 0, 1300], layout=layout, ref=True, rollout="sequence")
     log_probs = batch.log_probs.detach().clone().requires_grad_()
@@ -96,7 +99,7 @@ def test_no_host_sync(layout, impl, make_batch):
         weights = dl_norm.sequence_weights(lengths, alpha=0.75, max_length=2000)
         dl_norm.reweight_advantages(batch.advantages, lengths)
         loss, metrics = dl_norm.policy_loss(
-            log_probs, *batch.args()[1:4], weights, **batch.kwargs(), **OPTIONS, impl=impl,
+            log_probs, *batch.args()[1:4], weights, **batch.kwargs(), **options, impl=impl,
             return_metrics=True,
         )  # fmt: skip
         (metrics + metrics).summary()
