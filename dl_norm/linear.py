@@ -119,28 +119,30 @@ def linear_policy_loss(
 
 def check_head(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:
     check_logits("hidden", hidden, "D")
-    named: list[tuple[str, Tensor, tuple[int, ...], str]] = [
-        ("lm_head_weight", lm_head_weight, (-1, hidden.shape[-1]), "(V, D)")
-    ]
+    _check_parameter("lm_head_weight", lm_head_weight, hidden, (None, hidden.shape[-1]), "(V, D)")
     if bias is not None:
-        named.append(("bias", bias, (lm_head_weight.shape[0],), "(V,)"))
-    for name, tensor, shape, names in named:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in LOG_PROB_DTYPES or (
-            tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
-        ):
-            raise TypeError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}: "
-                "convert one of them, or call under torch.autocast"
-            )
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: move it")
-        if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1] or tensor.numel() == 0:
-            raise ValueError(
-                f"{name} must be {names} and not empty, with hidden (..., D) = "
-                f"{tuple(hidden.shape)}; got {tuple(tensor.shape)}"
-            )
+        _check_parameter("bias", bias, hidden, (lm_head_weight.shape[0],), "(V,)")
+
+
+def _check_parameter(
+    name: str, tensor: Tensor, hidden: Tensor, shape: tuple[int | None, ...], names: str
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in LOG_PROB_DTYPES or (
+        tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
+    ):
+        raise TypeError(
+            f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}: "
+            "convert one of them, or call under torch.autocast"
+        )
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: move it")
+    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1] or tensor.numel() == 0:
+        raise ValueError(
+            f"{name} must be {names} and not empty, with hidden (..., D) = "
+            f"{tuple(hidden.shape)}; got {tuple(tensor.shape)}"
+        )
 
 
 def whole_head(

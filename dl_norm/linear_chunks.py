@@ -29,14 +29,14 @@ class ChunkOptions:
     compact: bool = False
 
     def __post_init__(self):
-        for name in ("chunk_size", "max_tokens"):
+        for name, least in (("chunk_size", 1), ("max_tokens", 0)):
             value = getattr(self, name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
-            if value < (name == "chunk_size"):
-                raise ValueError(f"{name} must be positive, got {value}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,9 @@ def scale_grad(
         return launch.policy_loss_bwd(grad, grad_output, dtype)
     if values_are_free(grad_output) and bool(grad_output == 1):
         return grad.to(dtype)
-    if not half.numel() and grad.dtype == dtype:
-        return grad.mul_(grad_output)
+    if grad.dtype == dtype:
+        # A 0-dim factor is rounded to 16 bits on a GPU; a (1,) one makes a CPU copy to 32.
+        return grad.mul_(grad_output if values_are_free(grad) else grad_output.view(1))
     return (grad * grad_output.view(1)).to(dtype)
 
 

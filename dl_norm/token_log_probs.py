@@ -77,12 +77,15 @@ def token_log_probs(
         hidden_or_logits = hidden_or_logits.contiguous()
     tensors = hidden_or_logits, lm_head_weight, bias
     ids = token_ids.reshape(-1)
-    if torch.compiler.is_compiling():
-        log_probs, entropies = log_probs_op(
-            *tensors, ids, active, temperature, logit_softcap, entropy, *vars(chunks).values(), impl
-        )
-    else:
-        rows = TokenRows(ids, active)
-        log_probs, entropies = log_probs_forward(*tensors, rows, settings, chunks, impl)
+    # What autocast asks for has been done.
+    with torch.autocast(ids.device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            log_probs, entropies = log_probs_op(
+                *tensors, ids, active, temperature, logit_softcap, entropy,
+                *vars(chunks).values(), impl,
+            )  # fmt: skip
+        else:
+            rows = TokenRows(ids, active)
+            log_probs, entropies = log_probs_forward(*tensors, rows, settings, chunks, impl)
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropies.view(token_ids.shape)) if entropy else log_probs

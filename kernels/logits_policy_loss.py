@@ -170,9 +170,9 @@ def logits_policy_loss_kernel(
             exp = tl.exp2(exponent)
             if WRITE_ENTROPY:
                 # exp is 0 where the exponent is -inf, as is shrink where shift is: no 0 * -inf.
-                dot = tl.sum(tl.where(exp > 0, exp * exponent, 0.0), axis=1)
-                old_dot = (group_dot + group_sum * shift) * shrink
-                group_dot = tl.where(shrink > 0, old_dot, 0.0) + dot
+                dot = tl.sum(exp * tl.where(exp > 0, exponent, 0.0), axis=1)
+                group_dot = (group_dot + group_sum * tl.where(shrink > 0, shift, 0.0)) * shrink
+                group_dot += dot
             group_sum = group_sum * shrink + tl.sum(exp, axis=1)
             group_max = new_max
         edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
@@ -190,8 +190,8 @@ def logits_policy_loss_kernel(
         # The largest logit adds exactly 1 to the total, so no log-prob is above 0.
         log_prob = ((token_logit - maximum) * to_log2 - log2_sum) * LN_2
         if WRITE_ENTROPY:
-            dot = tl.where(shrink > 0, (group_dot + group_sum * shift) * shrink, 0.0)
-            edge_dot = tl.where(edge_exp > 0, edge_exp * edge_exponent, 0.0)
+            dot = (group_dot + group_sum * tl.where(shrink > 0, shift, 0.0)) * shrink
+            edge_dot = edge_exp * tl.where(edge_exp > 0, edge_exponent, 0.0)
             mean = (tl.sum(dot, axis=0) + tl.sum(edge_dot, axis=0)) / total
             entropy = (log2_sum - mean) * LN_2
 
@@ -225,7 +225,7 @@ def logits_policy_loss_kernel(
             grad *= weight * inverse_temperature
             if METRICS:
                 tokens = 1.0
-                clipped_low = (below & (advantage < 0)).to(tl.float32)
+                clipped_low = (below & (advantage != 0)).to(tl.float32)
                 clipped_high = (above & (advantage > 0)).to(tl.float32)
                 clipped_dual = (above & (advantage < 0)).to(tl.float32)
                 k1 = -log_ratio

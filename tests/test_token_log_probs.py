@@ -9,6 +9,8 @@ from dl_norm.linear import linear_policy_loss
 from dl_norm.logits import logits_policy_loss
 from dl_norm.token_log_probs import token_log_probs
 
+# Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 IMPLEMENTATIONS = ("triton", "torch")
 
 
