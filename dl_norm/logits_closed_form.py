@@ -73,23 +73,34 @@ def logits_pass(
     indices = active.nonzero()[:, 0]
     if indices.shape[0] == 0:
         return
-    for index in indices.split(max(1, _BLOCK_ELEMENTS // vocabulary)):
+    size = max(1, _BLOCK_ELEMENTS // vocabulary)
+    # Of every block in turn: memory that is new each time costs as much as a pass over it.
+    shape = (min(size, indices.shape[0]), vocabulary)
+    probs = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    changed = settings.softcap is not None or settings.temperature != 1.0 or settings.entropy
+    work = torch.empty_like(probs) if changed or logits.dtype != torch.float32 else None
+    for index in _blocks(indices, size):
         where = _slice_or_index(index)
         if logits.ndim == 2:
             source = logits[where]
         else:
             # Not flattened: that would copy logits whose rows are not evenly spaced.
             source = logits[index // row_length, index % row_length]
-        if grad is not None and grad.dtype == torch.float32 and isinstance(where, slice):
-            block = grad[where]  # works in the memory of the gradient
-            if block.data_ptr() != source.data_ptr():
-                block.copy_(source)
-            _block_pass(block, rows, _shift(where, first_row), settings, outputs, True)
-        else:
-            block = source.to(torch.float32, copy=True)
-            _block_pass(block, rows, _shift(where, first_row), settings, outputs, grad is not None)
-            if grad is not None:
-                grad[where] = block.to(grad.dtype)
+        target = None
+        if grad is not None:
+            in_grad = grad.dtype == torch.float32 and isinstance(where, slice)
+            target = grad[where] if in_grad else probs[: index.shape[0]]
+        _block_pass(source, target, rows, _shift(where, first_row), settings, outputs, probs, work)
+        if grad is not None and target is not None and not in_grad:
+            grad[where] = target.to(grad.dtype)
+
+
+def _blocks(indices: Tensor, size: int) -> list[Tensor]:
+    """At most ``size`` rows each; of rows without a gap, unless that makes the blocks small."""
+    gaps = (indices.diff() != 1).nonzero()[:, 0] + 1
+    if 4 * gaps.shape[0] * size > indices.shape[0] * min(size, 16):
+        return list(indices.split(size))
+    return [block for run in indices.tensor_split(gaps.cpu()) for block in run.split(size)]
 
 
 def _slice_or_index(index: Tensor) -> slice | Tensor:
@@ -104,37 +115,45 @@ def _shift(where: slice | Tensor, by: int) -> slice | Tensor:
 
 def _block_pass(
     logits: Tensor,
+    grad: Tensor | None,
     all_rows: TokenRows,
     where: slice | Tensor,
     settings: RowSettings,
     outputs: RowOutputs,
-    write_grad: bool,
+    probs: Tensor,
+    work: Tensor | None,
 ) -> None:
-    """As ``logits_pass`` for a few rows, all active; ``logits`` are float32 and end as their
-    gradient, or as scratch."""
+    """As ``logits_pass`` for a few rows, all active. ``grad`` is float32, and may be ``logits`` or
+    ``probs``; what ``probs`` and ``work`` hold is overwritten."""
     rows = all_rows[where]
+    probs = probs[: logits.shape[0]]
+    work = probs if work is None else work[: logits.shape[0]]
     inverse_temperature = 1.0 / settings.temperature
     slope = None
+    if logits.dtype != torch.float32:
+        logits = work.copy_(logits)
     if settings.softcap is not None:
-        logits.div_(settings.softcap).tanh_()
-        if write_grad:
+        logits = torch.div(logits, settings.softcap, out=work).tanh_()
+        if grad is not None:
             slope = 1.0 - logits.square()
         logits.mul_(settings.softcap)
-    token_ids = rows.token_ids.long()[:, None]
-    logits.sub_(logits.amax(1, keepdim=True))
     if inverse_temperature != 1.0:
+        # The largest off first: the rounding is then that of a difference.
+        logits = torch.sub(logits, logits.amax(1, keepdim=True), out=work)
         logits.mul_(inverse_temperature)
-    token_logits = logits.gather(1, token_ids)[:, 0]
-    if outputs.entropy is None:
-        exp = logits.exp_()
-        total = exp.sum(1)
-    else:
-        exp = logits.exp()
-        total = exp.sum(1)
-        # exp is 0 where the logit is -inf: 0 * -inf is NaN.
-        mean = torch.where(exp > 0, logits.mul_(exp), 0.0).sum(1) / total
-        outputs.entropy[where] = total.log() - mean
-    log_probs = token_logits - total.log()
+    token_ids = rows.token_ids.long()[:, None]
+    # softmax is one fused pass, but adds up in a row what torch.sum adds up in pairs: over 150,000
+    # logits that costs 5e-6. So its sum is summed again. The largest probability is exp(0) / sum.
+    torch.softmax(logits, 1, out=probs)
+    total = probs.sum(1)
+    minus_log_total = probs.amax(1).div_(total).log_()
+    largest = logits.amax(1, keepdim=True)
+    log_probs = (logits.gather(1, token_ids) - largest)[:, 0] + minus_log_total
+    if outputs.entropy is not None:
+        # A probability is 0 where the logit is -inf: 0 * -inf is NaN.
+        addends = torch.sub(logits, largest, out=work).mul_(probs)
+        mean = torch.where(probs > 0, addends, 0.0).sum(1) / total
+        outputs.entropy[where] = -minus_log_total - mean
     outputs.log_probs[where] = log_probs
     if settings.options is None or rows.advantages is None or rows.weights is None:
         return  # log-probs alone
@@ -145,22 +164,22 @@ def _block_pass(
     # Rollout weight 0 also says that there is no policy term, whatever its factors are.
     kept = None if rows.rollout_weights is None else rows.rollout_weights != 0
     # Every row as a sequence of one token.
-    loss, grad, sums = closed_form.policy_loss_fwd(
+    loss, token_grad, sums = closed_form.policy_loss_fwd(
         log_probs[:, None], column(rows.old_log_probs), rows.advantages, None, rows.weights, None,
-        column(rows.ref_log_probs), rows.rollout_weights, settings.options, write_grad,
+        column(rows.ref_log_probs), rows.rollout_weights, settings.options, grad is not None,
         settings.metrics, column(kept),
     )  # fmt: skip
     first = where.start if isinstance(where, slice) else where[0]
     outputs.partials[0, first] = loss
     if settings.metrics:
         outputs.partials[1:, first] = sums
-    if not write_grad:
+    if grad is None:
         return
-    grad = grad.mul_(inverse_temperature)
-    torch.mul(exp, grad / -total[:, None], out=logits)
-    logits.scatter_add_(1, token_ids, grad)
+    token_grad = token_grad.mul_(inverse_temperature)
+    torch.mul(probs, token_grad / -total[:, None], out=grad)
+    grad.scatter_add_(1, token_ids, token_grad)
     if slope is not None:
-        logits.mul_(slope)
+        grad.mul_(slope)
 
 
 def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
