@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -131,6 +132,7 @@ def peak_memory(call: Call, device: torch.device) -> int:
     the profiler records for the CPU allocator, which every tensor comes from.
     """
     call()  # lazy set-up is not the call's memory
+    gc.collect()  # nor are frees of what was there before
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

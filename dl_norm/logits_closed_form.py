@@ -86,19 +86,20 @@ def logits_pass(
         else:
             # Not flattened: that would copy logits whose rows are not evenly spaced.
             source = logits[index // row_length, index % row_length]
+        block = probs[: index.shape[0]]
         target = None
         if grad is not None:
-            in_grad = grad.dtype == torch.float32 and isinstance(where, slice)
-            target = grad[where] if in_grad else probs[: index.shape[0]]
-        _block_pass(source, target, rows, _shift(where, first_row), settings, outputs, probs, work)
-        if grad is not None and target is not None and not in_grad:
-            grad[where] = target.to(grad.dtype)
+            wide = grad.dtype == torch.float32 and isinstance(where, slice)
+            target = grad[where] if wide else block
+        _block_pass(source, target, rows, _shift(where, first_row), settings, outputs, block, work)
+        if grad is not None and target is block:
+            grad[where] = block.to(grad.dtype)
 
 
 def _blocks(indices: Tensor, size: int) -> list[Tensor]:
     """At most ``size`` rows each; of rows without a gap, unless that makes the blocks small."""
     gaps = (indices.diff() != 1).nonzero()[:, 0] + 1
-    if 4 * gaps.shape[0] * size > indices.shape[0] * min(size, 16):
+    if gaps.shape[0] * min(4, size) > indices.shape[0]:
         return list(indices.split(size))
     return [block for run in indices.tensor_split(gaps.cpu()) for block in run.split(size)]
 
@@ -126,7 +127,6 @@ def _block_pass(
     """As ``logits_pass`` for a few rows, all active. ``grad`` is float32, and may be ``logits`` or
     ``probs``; what ``probs`` and ``work`` hold is overwritten."""
     rows = all_rows[where]
-    probs = probs[: logits.shape[0]]
     work = probs if work is None else work[: logits.shape[0]]
     inverse_temperature = 1.0 / settings.temperature
     slope = None
