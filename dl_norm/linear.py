@@ -74,7 +74,7 @@ def linear_policy_loss(
         logit_softcap: c > 0: logits become c tanh(logits / c), before the temperature. Or None.
         chunk_size: the least number of tokens in a chunk, unless there are fewer; a chunk has less
             than twice as many. Memory is one chunk's logits, at most 2 chunk_size * V elements.
-            None: 4096 on a GPU, 256 on a CPU.
+            None: 4096 on a GPU, 192 on a CPU.
         fp32_logits: keep the logits of half-precision matrix products in float32. A bfloat16 logit
             between 16 and 32 is rounded to 0.125, up to 6 % of a ratio. Costs 3 times the memory
             of a chunk.

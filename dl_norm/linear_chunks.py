@@ -16,7 +16,7 @@ from .token_rows import TokenRows
 # 1053 / chunk of the time of that chunk's matrix product (H100): never below 4096 there. A CPU
 # multiplies so slowly that a chunk may be small, and with it the memory.
 GPU_CHUNK = 4096
-CPU_CHUNK = 256
+CPU_CHUNK = 192
 
 
 @dataclass(frozen=True)

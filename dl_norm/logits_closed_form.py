@@ -69,10 +69,8 @@ def logits_pass(
         logits = logits.view(-1, vocabulary)
     if grad is not None:
         grad = grad.view(-1, vocabulary)
-        grad[~active] = 0.0
+        _zero(grad, (~active).nonzero()[:, 0])
     indices = active.nonzero()[:, 0]
-    if indices.shape[0] == 0:
-        return
     size = max(1, _BLOCK_ELEMENTS // vocabulary)
     # Of every block in turn: memory that is new each time costs as much as a pass over it.
     shape = (min(size, indices.shape[0]), vocabulary)
@@ -96,8 +94,20 @@ def logits_pass(
             grad[where] = block.to(grad.dtype)
 
 
+def _zero(grad: Tensor, indices: Tensor) -> None:
+    """Not by a mask, which is a pass over all rows."""
+    for index in _blocks(indices, max(1, indices.shape[0])):
+        where = _slice_or_index(index)
+        if isinstance(where, slice):
+            grad[where].zero_()
+        else:
+            grad.index_fill_(0, where, 0.0)
+
+
 def _blocks(indices: Tensor, size: int) -> list[Tensor]:
     """At most ``size`` rows each; of rows without a gap, unless that makes the blocks small."""
+    if indices.shape[0] == 0:
+        return []
     gaps = (indices.diff() != 1).nonzero()[:, 0] + 1
     if gaps.shape[0] * min(4, size) > indices.shape[0]:
         return list(indices.split(size))

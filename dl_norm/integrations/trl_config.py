@@ -54,7 +54,7 @@ class DeltaLGRPOConfig(GRPOConfig):
         importance_sampling_level: "token", or "sequence" for GSPO, as in TRL.
         fused_lm_head: compute the loss and its gradient from the last hidden states, a chunk of
             tokens at a time, so that there are never full logits (``dl_norm.linear_policy_loss``).
-        fused_lm_head_chunk_size: tokens in a chunk; None: 4096 on a GPU, 256 on a CPU.
+        fused_lm_head_chunk_size: tokens in a chunk; None: 4096 on a GPU, 192 on a CPU.
         loss_type: leave it unset (None). ``aggregation`` and ``surrogate`` take its place; a value
             that disagrees with them raises.
 
