@@ -1,0 +1,117 @@
+# ruff: noqa: RUF001
+"""The figures in README.md are those of the files in bench/results/, which bench/ wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def results(name: str) -> dict[str, Any]:
+    (path,) = (ROOT / "bench" / "results").glob(f"amd-epyc-cpu-2-threads-{name}-2*.json")
+    return json.loads(path.read_text())
+
+
+def measured(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """(case, contestant) -> row, of those that ran."""
+    rows = results(name)["rows"]
+    return {(row["case"], row["contestant"]): row for row in rows if row["time"]}
+
+
+def microseconds(row: dict[str, Any]) -> str:
+    return f"{row['time']['median'] * 1e6:,.0f}"
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    value = row["time"]["median"] * 1e3
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def line(label: str, *cells: str) -> str:
+    return f"| {' | '.join((label, *cells))} |"
+
+
+def log_prob_lines() -> Iterator[str]:
+    rows = measured("log-probs")
+    for label, case in {
+        "8×128": "8x128",
+        "64×1024": "64x1024",
+        "64×2048": "64x2048",
+        "128×4096, 40 % filled": "128x4096 40%",
+        "packed, 0.2 M tokens": "packed 0.2M",
+    }.items():
+        cells = [microseconds(rows[case, "dl_norm"])]
+        for name in ("reference", "torch.compile", "TRL", "verl"):
+            row = rows.get((case, name))
+            cells.append(f"{microseconds(row)} ({row['ratio_to_ours']:.1f}×)" if row else "–")
+        yield line(label, *cells)
+
+
+def head_lines() -> Iterator[str]:
+    for label, suite, case, names in (
+        ("hidden 1024×256, V = 16,384", "linear", "1024x256x16384",
+         ("plain", "torch.compile", "TRL", "Liger chunked")),
+        ("the same, 40 % filled", "linear", "1024x256x16384 40%",
+         ("plain", "torch.compile", "TRL", "Liger chunked")),
+        ("logits 512×16,384", "logits", "512x16384", ("plain", "torch.compile", "TRL", "")),
+        ("the same, 40 % filled", "logits", "512x16384 40%",
+         ("plain", "torch.compile", "TRL", "")),
+        ("log-probs of logits, no gradient", "token-log-probs", "512x16384",
+         ("plain", "", "TRL", "")),
+    ):  # fmt: skip
+        rows = measured(suite)
+        ours = rows[case, "dl_norm"]
+        cells = [f"{milliseconds(ours)}, {ours['peak_bytes'] / 1e6:.0f}"]
+        for name in names:
+            row = rows.get((case, name))
+            cells.append(
+                f"{milliseconds(row)}, {row['peak_bytes'] / 1e6:.0f} ({row['ratio_to_ours']:.1f}×)"
+                if row
+                else "–"
+            )
+        yield line(label, *cells)
+
+
+def step_lines() -> Iterator[str]:
+    rows = {row["kind"]: row for row in results("train-step-cpu")["rows"]}
+    ours = rows["dl_norm fused"]
+    for label, cell in (
+        (
+            "tokens per second",
+            lambda row: (
+                f"{row['tokens_per_s']:,.0f}"
+                + ("" if row is ours else f" ({ours['tokens_per_s'] / row['tokens_per_s']:.1f}×)")
+            ),
+        ),
+        ("peak MB", lambda row: f"{row['peak_bytes'] / 1e6:,.0f}"),
+    ):
+        yield line(label, *(cell(rows[name]) for name in ("dl_norm fused", "plain", "TRL")))
+
+
+def sentences() -> Iterator[str]:
+    rows = measured("log-probs")
+    ours, verl, trl = (
+        microseconds(rows["8x128", f"{name} + metrics"]) for name in ("dl_norm", "verl", "TRL")
+    )
+    yield f"8×128 takes us {ours} µs, verl {verl} and TRL {trl}"
+    yield f"{milliseconds(measured('logits')['512x16384', 'dl_norm copy'])} into a new buffer"
+    rows = measured("cross-entropy")
+    ours, compiled = (rows["512x256x16384", name] for name in ("dl_norm", "torch.compile"))
+    yield (
+        f"we take {milliseconds(ours)} ms and {ours['peak_bytes'] / 1e6:.0f} MB, torch.compile "
+        f"{milliseconds(compiled)} ms and {compiled['peak_bytes'] / 1e6:.0f} MB"
+    )
+
+
+@pytest.mark.parametrize("expected", [log_prob_lines, head_lines, step_lines, sentences])
+def test_numbers_are_those_measured(expected: Callable[[], Iterator[str]]) -> None:
+    text = " ".join(README.split())
+    for one in expected():
+        assert one in text, one
