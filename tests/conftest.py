@@ -7,8 +7,12 @@ dl_norm is imported. On a CUDA machine the same tests run compiled, on "cuda".
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +34,41 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list]:
+    """run_ranks(__file__, ranks): once per rank `python FILE RANKS RANK FOLDER`, whose own folder
+    is for meeting in and for RANK.pt. Returns what these hold; a second call does not run again.
+
+    multiprocessing would import the file by a name, and `tests` is what other projects call their
+    package too.
+    """
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))}
+
+    @functools.cache
+    def run(file: str, ranks: int) -> list:
+        folder = tmp_path_factory.mktemp("gloo")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, file, str(ranks), str(rank), str(folder)],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        failed = any(process.returncode for process in processes)
+        assert not failed, "\n".join(error[-2000:] for error in errors)
+        return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

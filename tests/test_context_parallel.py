@@ -4,9 +4,6 @@ The model looks at the whole sequence, so gradients cross the borders between th
 """
 
 import datetime
-import functools
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -114,7 +111,7 @@ def pack(data, log_probs):
     return log_probs[keep], data["old"][keep], cu_seqlens
 
 
-def worker(rank, folder):
+def worker(_, rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -201,41 +198,13 @@ def results_of_rank(mesh, split, layout):
     return results
 
 
-@functools.cache
-def run_ranks(folder):
-    """Starts this file once per rank, as in test_distributed.py."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [process.returncode != 0 for process in processes]
-    assert not any(failed), "\n".join(error[-2000:] for error in errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("gloo")
-
-
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0][0]}x{case[0][1]}, {case[1]}")
-def case(request, folder):
+def case(request, run_ranks):
     """(results of every rank by layout, the whole batch, lengths by data rank, context size)"""
     shape, name = request.param
     split = SPLITS[shape][name]
     whole = batch([length for lengths in split for length in lengths])
-    ranks = run_ranks(folder)
+    ranks = run_ranks(__file__, RANKS)
     by_layout = {key: [results[shape, name, key] for results in ranks] for key in LAYOUTS}
     return by_layout, whole, split, shape[1]
 
@@ -305,10 +274,10 @@ def test_metrics_are_sums_over_tokens(case, layout):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_ranks_that_disagree_on_the_number_of_sequences_are_refused(folder):
-    for rank, results in enumerate(run_ranks(folder)):
+def test_ranks_that_disagree_on_the_number_of_sequences_are_refused(run_ranks):
+    for rank, results in enumerate(run_ranks(__file__, RANKS)):
         assert f"{1 + rank // 3} here, 1.25 on average" in results["another number of sequences"]
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

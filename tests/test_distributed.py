@@ -6,8 +6,6 @@ One group of processes is started for each number of ranks; every case runs in i
 import copy
 import datetime
 import functools
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -274,44 +272,13 @@ def errors_of_rank(rank, groups):
     return errors
 
 
-@functools.cache
-def run_ranks(ranks, folder):
-    """Starts this file once per rank: multiprocessing would have to import it by a name, and
-    `tests` is what other projects call their package too."""
-    folder = folder / str(ranks)
-    folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(ranks), str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [process.returncode != 0 for process in processes]
-    assert not any(failed), "\n".join(error[-2000:] for error in errors)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("gloo")
-
-
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")
-def case(request, folder):
+def case(request, run_ranks):
     """(results of every rank, the whole batch, lengths by rank)"""
     ranks, name = request.param
     split = SPLITS[ranks][name]
     whole = batch([length for lengths in split for length in lengths])
-    return [results[name] for results in run_ranks(ranks, folder)], whole, split
+    return [results[name] for results in run_ranks(__file__, ranks)], whole, split
 
 
 def single_process(whole):
@@ -375,9 +342,9 @@ def test_reweighted_advantages_are_those_of_the_whole_batch(case):
 
 
 @pytest.mark.parametrize("ranks", SPLITS)
-def test_a_missing_or_wrong_group_is_refused(ranks, folder):
+def test_a_missing_or_wrong_group_is_refused(ranks, run_ranks):
     """Nothing is ever summed over this process alone in silence."""
-    for results in run_ranks(ranks, folder):
+    for results in run_ranks(__file__, ranks):
         errors = results["errors"]
         assert "not initialised" in errors["destroyed"]
         assert "TypeError" in errors["mesh"] and "get_group()" in errors["mesh"]

@@ -5,8 +5,6 @@ FSDP2 takes it of every parameter: with the loss multiplied by the number of ran
 those of one process.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -82,7 +80,7 @@ def log_probs_of(head, batch, impl="torch"):
         )  # fmt: skip
 
 
-def worker(rank, folder):
+def worker(_, rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
@@ -133,28 +131,8 @@ def worker(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Starts this file once per rank, as test_distributed.py does."""
-    folder = tmp_path_factory.mktemp("gloo")
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(
-        e[-2000:] for e in errors
-    )
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+def results(run_ranks):
+    return run_ranks(__file__, RANKS)
 
 
 def check(results, key):
@@ -198,4 +176,4 @@ def test_distributed_logits_are_refused(results):
 
 
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), sys.argv[2])
+    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
