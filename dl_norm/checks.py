@@ -53,8 +53,8 @@ def check_policy_loss_inputs(
     else:
         if log_probs.ndim != 1:
             raise ValueError(
-                f"with cu_seqlens log_probs must be packed, (N,); got {tuple(shape)}: drop "
-                "cu_seqlens for padded input"
+                f"with cu_seqlens the tokens must be packed in one dimension, (N,); got "
+                f"{tuple(shape)}: drop cu_seqlens for padded input"
             )
         check_cu_seqlens(cu_seqlens, log_probs)
         sequences = cu_seqlens.shape[0] - 1

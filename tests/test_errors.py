@@ -250,7 +250,7 @@ def test_offsets_that_do_not_span_give_nan(offsets, write_grad, packed):
 
 
 def test_packed_shapes(packed):
-    refused(ValueError, "with cu_seqlens log_probs must be packed, (N,); got (4, 5)",
+    refused(ValueError, "must be packed in one dimension, (N,); got (4, 5)",
             packed.replace(log_probs=packed.log_probs.reshape(4, 5)))  # fmt: skip
     refused(ValueError, "advantages must be (20,) like log_probs or (G,) = (4,), got (5,)",
             packed.replace(advantages=packed.advantages.new_zeros(5)))  # fmt: skip
