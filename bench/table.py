@@ -10,12 +10,7 @@ python -m bench.table ... --figure FILE.png  also a picture
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,14 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench import contest, parity, peers, roofline, timing
+from bench import contest, parity, record, roofline, timing
 from bench.cases import Case
 from bench.contest import OURS, AnyCase, AnyInputs, Contestant, NotHere, Suite
 from bench.roofline import Ceilings
 from bench.suites import LOG_PROBS, SUITES
 from bench.timing import Clock, Stats, Trial
 
-RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "backward", "both")
 
 
@@ -75,11 +69,7 @@ class Report:
     extra_compiles: dict[str, Any] | None = None
 
     def save(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        path = folder / f"{slug}-{self.suite.replace('_', '-')}-{self.date[:10]}.json"
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        return path
+        return record.save(asdict(self), self.suite, folder)
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -233,42 +223,6 @@ def recompile_lengths(count: int = 20) -> list[int]:
             3001, 4096][:count]  # fmt: skip
 
 
-def describe(device: torch.device) -> tuple[str, dict[str, str]]:
-    """The device's name, and the versions of everything that a number may depend on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import triton
-
-        versions["triton"] = triton.__version__
-    except ImportError:
-        versions["triton"] = "not installed"
-    versions |= peers.versions()
-    if device.type == "cuda":
-        versions["driver"] = _first_line(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
-        versions["cuda"] = str(torch.version.cuda)
-        return torch.cuda.get_device_name(device), versions
-    versions["threads"] = str(torch.get_num_threads())
-    return _cpu_name(), versions
-
-
-def _first_line(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
-    except (OSError, IndexError):
-        return "unknown"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} CPU {torch.get_num_threads()} threads"
-
-
 def run(
     suite: Suite,
     device: torch.device,
@@ -282,16 +236,12 @@ def run(
 ) -> Report:
     """Measure the ceilings, then every case."""
     clock = Clock(device)
-    name, versions = describe(device)
     ceilings = roofline.measure(clock, quick=quick_ceilings)
     cases = list(cases)
     contestants = suite.contestants if contestants is None else contestants
     report = Report(
         suite=suite.name,
-        device=name,
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=command,
-        versions=versions,
+        **record.origin(device, command),
         ceilings=asdict(ceilings),
         cases={
             case.name: {**vars(case), "tokens": case.tokens, "scaled_from": case.scaled_from}
@@ -474,7 +424,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rounds", type=int, help="timed rounds, default 100 on a GPU, 30 on a CPU"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the command")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file")
+    parser.add_argument(
+        "--results", type=Path, default=record.RESULTS, help="folder for the JSON file"
+    )
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--figure", type=Path)
     return parser.parse_args(arguments)
@@ -505,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> Report:
             rounds=options.rounds or (100 if device.type == "cuda" else 30),
             contestants=pick(options.contestants, suite.contestants),
             passes=options.passes or suite.passes,
-            command=shlex.join(["python", "-m", "bench.table", *(arguments or sys.argv[1:])]),
+            command=record.command_line("bench.table", arguments),
             quick_ceilings=options.tiny,
         )
         console.print(f"written: {report.save(options.results)}")

@@ -13,11 +13,8 @@ chance alone.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.table import RESULTS, describe
+from bench import record
 from bench.train_step import KINDS, SHAPES, Shape, make_model, make_trainer
 
 CURVES = {"reward": "reward", "entropy": "entropy", "grad_norm": "gradient norm"}
@@ -128,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--tiny", action="store_true", help="4 steps of a toy, to try the command")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
     options = parser.parse_args(arguments)
     if options.source:
         report, path = json.loads(options.source.read_text()), options.source
@@ -136,25 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         shape = TINY if options.tiny else SHAPES[options.shape] if options.shape else SMALL
         steps = min(options.steps, 4) if options.tiny else options.steps
-        where, versions = describe(device)
-        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         report = {
             "suite": "train_curves",
-            "device": where,
-            "date": date,
-            "command": shlex.join(
-                ["python", "-m", "bench.train_curves", *(arguments or sys.argv[1:])]
-            ),
-            "versions": versions,
+            **record.origin(device, record.command_line("bench.train_curves", arguments)),
             "shape": asdict(shape),
             "steps": steps,
             "notes": KINDS,
             "curves": run(shape, steps, device),
         }
-        slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
-        path = options.results / f"{slug}-train-curves-{date[:10]}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report) + "\n")
+        path = record.save(report, report["suite"], options.results, indent=None)
     draw(report, path.with_suffix(".png"))
     show(report)
     print(f"written: {path} and {path.with_suffix('.png').name}")

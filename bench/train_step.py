@@ -11,11 +11,7 @@ of every contestant must agree.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -31,10 +27,9 @@ from rich.table import Table
 from torch import Tensor
 
 import dl_norm
-from bench import timing
+from bench import record, timing
 from bench.cases import draw_lengths
 from bench.roofline import matmul_dtype
-from bench.table import RESULTS, describe
 from bench.timing import Clock, Stats
 
 OURS = "dl_norm fused"
@@ -264,30 +259,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the command")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = options.shape or ("0.5b" if device.type == "cuda" else "cpu")
     if options.tiny:
         name = "tiny"
     rows = run(SHAPES[name], device, options.rounds)
-    where, versions = describe(device)
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     report = {
         "suite": "train_step",
-        "device": where,
-        "date": date,
-        "command": shlex.join(["python", "-m", "bench.train_step", *(arguments or sys.argv[1:])]),
-        "versions": versions,
+        **record.origin(device, record.command_line("bench.train_step", arguments)),
         "shape": {"name": name, **asdict(SHAPES[name])},
         "notes": KINDS,
         "rows": [asdict(row) for row in rows],
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
-    path = options.results / f"{slug}-train-step-{name.replace('.', '-')}-{date[:10]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    table = Table("", "ms", "p20-p80", "x ours", "tokens/s", "peak MB", title=f"{where}: {name}")
+    path = record.save(report, f"train_step-{name}", options.results)
+    table = Table(
+        "", "ms", "p20-p80", "x ours", "tokens/s", "peak MB", title=f"{report['device']}: {name}"
+    )
     for row in rows:
         table.add_row(
             row.kind,

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -170,7 +170,7 @@ class Launch:
     kernel: str
     key: str  # equal keys share one compiled kernel
     source: ASTSource
-    num_warps: int
+    options: dict[str, int]
 
 
 @contextmanager
@@ -183,7 +183,10 @@ def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
         source = ASTSource(
             jit, compile["signature"], constexprs=compile["constants"], attrs=compile["configs"][0]
         )
-        launches.append(Launch(jit.fn.__name__, str(key), source, compile["num_warps"]))
+        options = {"num_warps": compile["num_warps"]}
+        if limit := re.search(r"'maxnreg': (\d+)", str(key)):  # nowhere else
+            options["maxnreg"] = int(limit[1])
+        launches.append(Launch(jit.fn.__name__, str(key), source, options))
         return True  # neither compile nor run
 
     driver.set_active(OfflineDriver(target))
@@ -239,18 +242,21 @@ def launch_case(case: Case, batch: int = 3, length: int = 20, **options: Any) ->
 
 def compile_case(case: Case, arch: str) -> dict[str, Any]:
     """Compiles one case for one target and returns what its machine code says, as plain data."""
-    target = TARGETS[arch]
-    with recorded(target) as launches:
+    with recorded(TARGETS[arch]) as launches:
         launch_case(case)
     (found,) = (entry for entry in launches if entry.kernel == case.kernel)
-    kernel = triton.compile(found.source, target=target, options={"num_warps": found.num_warps})
+    return {"case": asdict(case), **compile_launch(found, arch)}
+
+
+def compile_launch(found: Launch, arch: str) -> dict[str, Any]:
+    target = TARGETS[arch]
+    kernel = triton.compile(found.source, target=target, options=found.options)
     names = found.source.fn.arg_names
     constants = {names[path[0]]: value for path, value in found.source.constants.items()}
     return {
-        "case": asdict(case),
+        "kernel": found.kernel,
         "target": arch,
-        "num_warps": found.num_warps,
-        "threads": found.num_warps * target.warp_size,
+        "threads": found.options["num_warps"] * target.warp_size,
         "constants": constants,
         **read_machine_code(kernel.asm),
     }
@@ -397,8 +403,10 @@ def _most_keys(launches: list[Launch], kernel: str) -> int:
     return max(len(found) for found in keys.values())
 
 
-def compile_all(archs: list[str], workers: int = 2) -> list[dict[str, Any]]:
-    jobs = [(case, arch) for case in CASES for arch in archs]
+def compile_all(
+    compile_case: Callable[[Any, str], dict], cases: Sequence, archs: list[str], workers: int = 2
+) -> list[dict[str, Any]]:
+    jobs = [(case, arch) for case in cases for arch in archs]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         results = pool.map(compile_case, *zip(*jobs, strict=True))
@@ -410,15 +418,18 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         table = Table(title=f"{arch}, Triton {triton.__version__}, dl_norm {dl_norm.__version__}")
         for column, justify in (
             ("kernel", "left"), ("configuration", "left"), ("threads", "right"),
-            ("registers", "right"), ("spilled bytes", "right"), ("instructions", "right"),
+            ("registers", "right"), ("spilled bytes", "right"), ("scalar spills", "right"),
+            ("instructions", "right"),
             ("loads, bits x count", "left"), ("stores, bits x count", "left"),
         ):  # fmt: skip
             table.add_column(column, justify=justify)
         for row in (row for row in rows if row["target"] == arch):
             table.add_row(
-                row["case"]["kernel"].removeprefix("policy_loss_").removesuffix("_kernel"),
+                row["kernel"].removeprefix("policy_loss_").removesuffix("_kernel"),
                 row["case"]["name"],
-                *(str(row[k]) for k in ("threads", "registers", "spill_bytes", "instructions")),
+                *(str(row[k]) for k in ("threads", "registers", "spill_bytes")),
+                str(row.get("scalar_spills", 0)),
+                str(row["instructions"]),
                 *(
                     ", ".join(
                         f"{w} x {n}" for w, n in sorted(row[k].items(), key=lambda i: -int(i[0]))
@@ -429,22 +440,29 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(
+    about: str,
+    compile_case: Callable[[Any, str], dict],
+    cases: Sequence,
+    **counts: Callable[[str], dict[str, int]],
+) -> None:
+    """The command: compiles every case and shows it; ``counts`` of a target go to the file."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--json", type=Path, help="also write every result to this file")
     arguments = parser.parse_args()
     archs = arguments.target or list(TARGETS)
     with tempfile.TemporaryDirectory() as cache:  # fresh: nothing compiled earlier is read
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = compile_all(archs)
-    keys = {arch: count_keys(arch) for arch in archs}
-    slices = {arch: count_slice_keys(arch) for arch in archs}
+        rows = compile_all(compile_case, cases, archs)
     show(rows, Console(width=None if sys.stdout.isatty() else 160))
     if arguments.json:
-        result = {"kernels": rows, "keys": keys, "slice_keys": slices}
-        arguments.json.write_text(json.dumps(result, indent=1))
+        found = {name: {arch: count(arch) for arch in archs} for name, count in counts.items()}
+        arguments.json.write_text(json.dumps({"kernels": rows, **found}, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(
+        str(__doc__).splitlines()[0], compile_case, CASES, keys=count_keys,
+        slice_keys=count_slice_keys,
+    )  # fmt: skip

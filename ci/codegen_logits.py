@@ -11,31 +11,16 @@ from __future__ import annotations
 import codegen  # first: it sets up Triton and the path
 
 # isort: split
-import argparse
-import json
-import multiprocessing
-import os
-import re
-import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from dl_norm.logits_closed_form import RowOutputs, RowSettings
 from dl_norm.logits_launch import logits_pass
 from dl_norm.options import PolicyLossOptions
 from dl_norm.token_rows import TokenRows
-
-KERNEL = "logits_policy_loss_kernel"
 
 
 @dataclass(frozen=True)
@@ -129,23 +114,10 @@ def launch_case(
 
 def compile_case(case: Case, arch: str) -> dict[str, Any]:
     """Compiles one case for one target and returns what its machine code says, as plain data."""
-    target = codegen.TARGETS[arch]
-    with codegen.recorded(target) as launches:
+    with codegen.recorded(codegen.TARGETS[arch]) as launches:
         launch_case(case)
     (found,) = launches
-    options = {"num_warps": found.num_warps}
-    if limit := re.search(r"'maxnreg': (\d+)", found.key):
-        options["maxnreg"] = int(limit[1])
-    kernel = triton.compile(found.source, target=target, options=options)
-    names = found.source.fn.arg_names
-    constants = {names[path[0]]: value for path, value in found.source.constants.items()}
-    return {
-        "case": asdict(case),
-        "target": arch,
-        "threads": found.num_warps * target.warp_size,
-        "constants": constants,
-        **codegen.read_machine_code(kernel.asm),
-    }
+    return {"case": asdict(case), **codegen.compile_launch(found, arch)}
 
 
 # Numbers of tokens and words that a specialising JIT would tell apart.
@@ -167,49 +139,5 @@ def count_keys(arch: str) -> dict[str, int]:
     return counts
 
 
-def compile_all(archs: list[str], workers: int = 2) -> list[dict[str, Any]]:
-    jobs = [(case, arch) for case in CASES for arch in archs]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        results = pool.map(compile_case, *zip(*jobs, strict=True))
-        return list(tqdm(results, total=len(jobs), desc="compiling", disable=None))
-
-
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    for arch in dict.fromkeys(row["target"] for row in rows):
-        table = Table(title=f"{KERNEL}, {arch}, Triton {triton.__version__}")
-        for column in (
-            "configuration", "threads", "registers", "spilled bytes", "scalar spills", "loads",
-            "stores",
-        ):  # fmt: skip
-            table.add_column(column)
-        for row in (row for row in rows if row["target"] == arch):
-            table.add_row(
-                row["case"]["name"],
-                *(str(row[key]) for key in ("threads", "registers", "spill_bytes")),
-                str(row.get("scalar_spills", 0)),
-                *(
-                    ", ".join(f"{bits} x {count}" for bits, count in row[key].items())
-                    for key in ("loads", "stores")
-                ),
-            )
-        console.print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=codegen.TARGETS, action="append", help="default: all")
-    parser.add_argument("--json", type=Path, help="also write every result to this file")
-    arguments = parser.parse_args()
-    archs = arguments.target or list(codegen.TARGETS)
-    with tempfile.TemporaryDirectory() as cache:  # fresh: nothing compiled earlier is read
-        os.environ["TRITON_CACHE_DIR"] = cache
-        rows = compile_all(archs)
-    show(rows, Console(width=None if sys.stdout.isatty() else 160))
-    if arguments.json:
-        keys = {arch: count_keys(arch) for arch in archs}
-        arguments.json.write_text(json.dumps({"kernels": rows, "keys": keys}, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    codegen.main(str(__doc__).splitlines()[0], compile_case, CASES, keys=count_keys)

@@ -27,7 +27,7 @@ if [ "$(cat "$ENV/recipe" 2>/dev/null)" = "$recipe" ]; then
     exit 0
 fi
 
-echo "verl environment: making $ENV (about 15 seconds)"
+echo "verl environment: making $ENV"
 "$PYTHON" -m venv --clear --without-pip "$ENV"
 own="$("$ENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 # addsitedir, not a plain path line: it also follows the .pth file of an editable dl_norm.

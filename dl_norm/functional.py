@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,32 @@ from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
 from .weights import sequence_lengths, sequence_weights
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing from Python 3.11 on
+
 IMPLEMENTATIONS = ("triton", "torch")
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of :func:`policy_loss` that its type does not depend on."""
+
+    cu_seqlens: Tensor | None
+    eps_low: float
+    eps_high: float
+    dual_clip: float | None
+    delta: float | None
+    log_ratio_clamp: float | None
+    ref_log_probs: Tensor | None
+    beta: float
+    rollout_weights: Tensor | None
+    ratio_level: str
+    surrogate: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    bias_corrected_kl: bool
+    entropy_mask: Tensor | None
+    sequence_mask: Tensor | None
+    impl: str | None
 
 
 @overload
@@ -30,24 +55,8 @@ def policy_loss(
     mask: Tensor | None,
     weights: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float | None = None,
-    delta: float | None = None,
-    log_ratio_clamp: float | None = 20.0,
-    ref_log_probs: Tensor | None = None,
-    beta: float = 0.0,
-    rollout_weights: Tensor | None = None,
-    ratio_level: str = "token",
-    surrogate: str = "clip",
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    bias_corrected_kl: bool = False,
-    entropy_mask: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
-    impl: str | None = None,
     return_metrics: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -59,24 +68,8 @@ def policy_loss(
     mask: Tensor | None,
     weights: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float | None = None,
-    delta: float | None = None,
-    log_ratio_clamp: float | None = 20.0,
-    ref_log_probs: Tensor | None = None,
-    beta: float = 0.0,
-    rollout_weights: Tensor | None = None,
-    ratio_level: str = "token",
-    surrogate: str = "clip",
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    bias_corrected_kl: bool = False,
-    entropy_mask: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
-    impl: str | None = None,
     return_metrics: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, PolicyLossMetrics]: ...
 
 
@@ -88,24 +81,8 @@ def policy_loss(
     mask: Tensor | None,
     weights: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
-    dual_clip: float | None = None,
-    delta: float | None = None,
-    log_ratio_clamp: float | None = 20.0,
-    ref_log_probs: Tensor | None = None,
-    beta: float = 0.0,
-    rollout_weights: Tensor | None = None,
-    ratio_level: str = "token",
-    surrogate: str = "clip",
-    sapo_temperature_pos: float = 1.0,
-    sapo_temperature_neg: float = 1.05,
-    bias_corrected_kl: bool = False,
-    entropy_mask: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
-    impl: str | None = None,
     return_metrics: bool,
+    **options: Unpack[_Options],
 ) -> Tensor | tuple[Tensor, PolicyLossMetrics]: ...
 
 

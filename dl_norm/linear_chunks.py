@@ -12,9 +12,9 @@ from .checks import values_are_free
 from .logits_closed_form import RowOutputs, RowSettings
 from .token_rows import TokenRows
 
-# Tokens in a chunk. Adding a chunk to the float32 head gradient moves 8 V D bytes, on a GPU
-# 1053 / chunk of the time of that chunk's matrix product (H100): never below 4096 there. A CPU
-# multiplies so slowly that a chunk may be small, and with it the memory.
+# Tokens in a chunk. Adding a chunk to the float32 head gradient moves 8 V D bytes whatever its
+# size, which many tokens must share on a GPU. A CPU multiplies so slowly that a chunk may be small,
+# and with it the memory.
 GPU_CHUNK = 4096
 CPU_CHUNK = 192
 

@@ -76,7 +76,7 @@ def logits_pass(
     shape = (min(size, indices.shape[0]), vocabulary)
     probs = torch.empty(shape, dtype=torch.float32, device=logits.device)
     changed = settings.softcap is not None or settings.temperature != 1.0 or settings.entropy
-    work = torch.empty_like(probs) if changed or logits.dtype != torch.float32 else None
+    work = torch.empty_like(probs) if changed or logits.dtype != torch.float32 else probs
     for index in _blocks(indices, size):
         where = _slice_or_index(index)
         if logits.ndim == 2:
@@ -132,12 +132,12 @@ def _block_pass(
     settings: RowSettings,
     outputs: RowOutputs,
     probs: Tensor,
-    work: Tensor | None,
+    work: Tensor,
 ) -> None:
     """As ``logits_pass`` for a few rows, all active. ``grad`` is float32, and may be ``logits`` or
     ``probs``; what ``probs`` and ``work`` hold is overwritten."""
     rows = all_rows[where]
-    work = probs if work is None else work[: logits.shape[0]]
+    work = work[: logits.shape[0]]
     inverse_temperature = 1.0 / settings.temperature
     slope = None
     if logits.dtype != torch.float32:
@@ -153,7 +153,7 @@ def _block_pass(
         logits.mul_(inverse_temperature)
     token_ids = rows.token_ids.long()[:, None]
     # softmax is one fused pass, but adds up in a row what torch.sum adds up in pairs: over 150,000
-    # logits that costs 5e-6. So its sum is summed again. The largest probability is exp(0) / sum.
+    # logits its rounding shows. So its sum is summed again. The largest probability is exp(0) / sum.
     torch.softmax(logits, 1, out=probs)
     total = probs.sum(1)
     minus_log_total = probs.amax(1).div_(total).log_()

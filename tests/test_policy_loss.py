@@ -12,6 +12,7 @@ PyTorch in that dtype.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from types import SimpleNamespace
@@ -654,3 +655,12 @@ def test_ratio_max_finds_the_one_outlier(make_batch, run_loss):
     for impl in IMPLEMENTATIONS:
         metrics = run_loss(impl, batch.replace(old_log_probs=old), return_metrics=True).metrics
         assert metrics.ratio_max.item() == pytest.approx(math.exp(4.0), rel=2e-6)
+
+
+def test_typed_keywords_are_those_of_the_function():
+    """The overloads for type checkers name the options a second time."""
+    from dl_norm.functional import _Options
+
+    keywords = [p.name for p in inspect.signature(dl_norm.policy_loss).parameters.values()
+                if p.kind is p.KEYWORD_ONLY]  # fmt: skip
+    assert sorted(_Options.__annotations__) == sorted(set(keywords) - {"return_metrics"})

@@ -69,7 +69,7 @@ def carried_loss(
         cu_seqlens=cu_seqlens,
         return_metrics=True,
         **options,
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    )
     return loss, metrics
 
 

@@ -138,7 +138,7 @@ class DeltaLActorWorker(ActorWorker):
             rollout_weights=rollout_weights,
             log_ratio_clamp=None,  # ROLL has none
             return_metrics=True,
-        )  # pyright: ignore[reportGeneralTypeIssues]
+        )
         total = loss * config.rl_loss_coef
         count = torch.as_tensor(tokens.get("final_response_mask", tokens["response_mask"]))
         # "@sum": ROLL adds the micro-batches up, so each has its share of the global mean.
