@@ -39,6 +39,14 @@ def configurations() -> Iterator[tuple[str, Callable[[torch.device], list[Tensor
                         v, d, p | o, device
                     ),
                 )
+        for surrogate in ("cispo", "sapo"):
+            variant = {"surrogate": surrogate, "bias_corrected_kl": True, **OUTPUTS["all outputs"]}
+            yield (
+                f"logits {label} {surrogate}",
+                lambda device, v=vocabulary, d=dtype, o=variant: logits(
+                    v, d, "contiguous", o, device
+                ),
+            )
         yield (
             f"token log-probs {label}",
             lambda device, v=vocabulary, d=dtype: log_probs(v, d, device),
