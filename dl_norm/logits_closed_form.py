@@ -153,7 +153,7 @@ def _block_pass(
         logits.mul_(inverse_temperature)
     token_ids = rows.token_ids.long()[:, None]
     # softmax is one fused pass, but adds up in a row what torch.sum adds up in pairs: over 150,000
-    # logits its rounding shows. So its sum is summed again. The largest probability is exp(0) / sum.
+    # logits its rounding shows, so its sum is summed again. The largest probability is 1 / sum.
     torch.softmax(logits, 1, out=probs)
     total = probs.sum(1)
     minus_log_total = probs.amax(1).div_(total).log_()
