@@ -14,6 +14,7 @@ from .checks import (
     check_policy_loss_inputs,
     check_tensor,
 )
+from .device import implementation_for
 from .group_sums import Group
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
@@ -21,8 +22,6 @@ from .weights import sequence_lengths, sequence_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
-
-IMPLEMENTATIONS = ("triton", "torch")
 
 
 class _Options(TypedDict, total=False):
@@ -199,8 +198,8 @@ def policy_loss(
     )  # fmt: skip
     write_grad = torch.is_grad_enabled() and log_probs.requires_grad
     loss, sums = PolicyLossFunction.apply(
-        log_probs, constants, options, _choose(impl, log_probs), write_grad, return_metrics,
-        (entropy_mask, sequence_mask),
+        log_probs, constants, options, implementation_for(impl, log_probs), write_grad,
+        return_metrics, (entropy_mask, sequence_mask),
     )  # fmt: skip
     if return_metrics:
         return loss, PolicyLossMetrics.from_sums(sums, weights)
@@ -242,20 +241,3 @@ def delta_l_loss(
     return policy_loss(
         log_probs, old_log_probs, advantages, mask, weights, cu_seqlens=cu_seqlens, **options
     )
-
-
-def _choose(impl: str | None, log_probs: Tensor) -> str:
-    on_gpu = log_probs.device.type in ("cuda", "xpu")  # ROCm devices are "cuda" too
-    if impl is None:
-        return "triton" if on_gpu else "torch"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be None or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    if impl == "triton" and not on_gpu:
-        from .launch import INTERPRETED
-
-        if not INTERPRETED:
-            raise ValueError(
-                f'impl="triton" got tensors on {log_probs.device}: move them to a GPU, use '
-                'impl="torch", or set TRITON_INTERPRET=1 before importing dl_norm'
-            )
-    return impl

@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.interpreter import InterpretedFunction
 
+from .device import target
 from .kernels.policy_loss import (
     policy_loss_bwd_kernel,
     policy_loss_fwd_kernel,
@@ -23,8 +21,6 @@ from .kernels.policy_loss import (
 )
 from .metrics import NUM_METRIC_SUMS
 from .options import PolicyLossOptions
-
-INTERPRETED = isinstance(policy_loss_fwd_kernel, InterpretedFunction)
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,7 @@ def tile_config(itemsize: int, warp_size: int) -> TileConfig:
 
 
 def _tile_config(itemsize: int) -> TileConfig:
-    if INTERPRETED:
-        return tile_config(itemsize, 32)
-    target = cast(GPUTarget, triton.runtime.driver.active.get_current_target())
-    return tile_config(itemsize, target.warp_size)
+    return tile_config(itemsize, target().warp_size)
 
 
 def policy_loss_fwd(

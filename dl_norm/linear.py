@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import LOG_PROB_DTYPES
-from .functional import _choose
+from .device import implementation_for
 from .linear_chunks import ChunkOptions
 from .logits import (
     PolicyLossOutputs,
@@ -111,8 +111,8 @@ def linear_policy_loss(
     # What autocast asks for has been done: inside, it would cast the products' float32 operands.
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = LinearPolicyLossFunction.apply(
-            hidden, lm_head_weight, bias, settings, chunks, _choose(impl, hidden), needed,
-            *vars(rows).values(),
+            hidden, lm_head_weight, bias, settings, chunks, implementation_for(impl, hidden),
+            needed, *vars(rows).values(),
         )  # fmt: skip
     return with_outputs(outputs, token_ids.shape, weights, settings, returns)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import LOG_PROB_DTYPES, check_number, check_policy_loss_inputs
-from .functional import _choose
+from .device import implementation_for
 from .logits_closed_form import RowSettings
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
@@ -106,7 +106,12 @@ def logits_policy_loss(
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     outputs = LogitsPolicyLossFunction.apply(
-        logits, settings, _choose(impl, logits), in_place, write_grad, *vars(rows).values()
+        logits,
+        settings,
+        implementation_for(impl, logits),
+        in_place,
+        write_grad,
+        *vars(rows).values(),
     )
     return with_outputs(outputs, token_ids.shape, weights, settings, returns)
 

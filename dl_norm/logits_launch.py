@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
+from .device import target
 from .kernels.logits_policy_loss import logits_policy_loss_kernel
 from .kernels.policy_loss import policy_loss_reduce_kernel
-from .launch import INTERPRETED
 from .logits_closed_form import RowOutputs, RowSettings
 from .options import PolicyLossOptions
 from .token_rows import TokenRows
@@ -63,11 +60,11 @@ def logits_pass(
     base, offset = _aligned_base(logits)
     strides = (0, *logits.stride())[-3:]
     row_length = programs if logits.ndim == 2 else logits.shape[1]
-    target = _target()
-    config = row_config(logits.element_size(), target.warp_size)
+    made_for = target()
+    config = row_config(logits.element_size(), made_for.warp_size)
     # Left alone, ptxas fits some kernels into 32 registers: a second program on a multiprocessor
     # then drives the first one's row out of the cache, and some registers into memory.
-    limit = {"maxnreg": 64} if target.backend == "cuda" and grad is not None else {}
+    limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
     options = settings.options or PolicyLossOptions()
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
     unread = outputs.log_probs
@@ -153,9 +150,3 @@ def _alike(logits: Tensor, grad: Tensor) -> bool:
     shift = logits.data_ptr() // logits.element_size() - grad.data_ptr() // grad.element_size()
     lengths = () if logits.is_contiguous() else (logits.shape[-1], *logits.stride()[:-1])
     return all(length % vector == 0 for length in (shift, *lengths))
-
-
-def _target() -> GPUTarget:
-    if INTERPRETED:
-        return GPUTarget("cpu", "", 32)
-    return cast(GPUTarget, triton.runtime.driver.active.get_current_target())

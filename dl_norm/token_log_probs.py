@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .functional import _choose
+from .device import implementation_for
 from .linear import check_head, whole_head
 from .linear_chunks import ChunkOptions
 from .logits import check_logits, row_settings
@@ -70,7 +70,7 @@ def token_log_probs(
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
     else:
         active = (mask != 0).reshape(-1)
-    impl = _choose(impl, hidden_or_logits)
+    impl = implementation_for(impl, hidden_or_logits)
     if lm_head_weight is not None:
         hidden_or_logits, lm_head_weight, bias = whole_head(hidden_or_logits, lm_head_weight, bias)
     elif hidden_or_logits.stride(-1) != 1:
