@@ -9,10 +9,11 @@ from ._version import __version__
 from .context_parallel import context_parallel_lengths
 from .functional import delta_l_loss, policy_loss
 from .linear import linear_policy_loss
-from .logits import PolicyLossOutputs, logits_policy_loss
+from .logits import logits_policy_loss
 from .masks import off_policy_sequence_mask
 from .metrics import PolicyLossMetrics
 from .modules import DeltaLLoss
+from .row_inputs import PolicyLossOutputs
 from .scaling import gradient_scale
 from .token_log_probs import token_log_probs
 from .weights import reweight_advantages, sequence_lengths, sequence_weights

@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+import warnings
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .autograd import PolicyLossFunction
-from .checks import (
-    LOG_PROB_DTYPES,
-    check_cu_seqlens,
-    check_policy_loss_inputs,
-    check_tensor,
-)
+from .call import make_call
+from .checks import LOG_PROB_DTYPES, check_cu_seqlens, check_flag, check_mask, check_tensor
 from .device import implementation_for
 from .group_sums import Group
+from .keywords import Impl, CallOptions, RatioLevel, SurrogateName
 from .metrics import PolicyLossMetrics
-from .options import PolicyLossOptions
+from .surrogates import Surrogate
 from .weights import sequence_lengths, sequence_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
-
-
-class _Options(TypedDict, total=False):
-    """The keywords of :func:`policy_loss` that its type does not depend on."""
-
-    cu_seqlens: Tensor | None
-    eps_low: float
-    eps_high: float
-    dual_clip: float | None
-    delta: float | None
-    log_ratio_clamp: float | None
-    ref_log_probs: Tensor | None
-    beta: float
-    rollout_weights: Tensor | None
-    ratio_level: str
-    surrogate: str
-    sapo_temperature_pos: float
-    sapo_temperature_neg: float
-    bias_corrected_kl: bool
-    entropy_mask: Tensor | None
-    sequence_mask: Tensor | None
-    impl: str | None
 
 
 @overload
@@ -55,7 +31,7 @@ def policy_loss(
     weights: Tensor,
     *,
     return_metrics: Literal[False] = False,
-    **options: Unpack[_Options],
+    **options: Unpack[CallOptions],
 ) -> Tensor: ...
 
 
@@ -67,22 +43,9 @@ def policy_loss(
     mask: Tensor | None,
     weights: Tensor,
     *,
-    return_metrics: Literal[True],
-    **options: Unpack[_Options],
-) -> tuple[Tensor, PolicyLossMetrics]: ...
-
-
-@overload
-def policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    *,
     return_metrics: bool,
-    **options: Unpack[_Options],
-) -> Tensor | tuple[Tensor, PolicyLossMetrics]: ...
+    **options: Unpack[CallOptions],
+) -> tuple[Tensor, PolicyLossMetrics]: ...
 
 
 def policy_loss(
@@ -101,14 +64,14 @@ def policy_loss(
     ref_log_probs: Tensor | None = None,
     beta: float = 0.0,
     rollout_weights: Tensor | None = None,
-    ratio_level: str = "token",
-    surrogate: str = "clip",
+    ratio_level: RatioLevel = "token",
+    surrogate: SurrogateName | Surrogate = "clip",
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
     bias_corrected_kl: bool = False,
     entropy_mask: Tensor | None = None,
     sequence_mask: Tensor | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
     r"""Policy loss of a batch, or of any slice of one, under per-sequence weights.
@@ -120,8 +83,9 @@ def policy_loss(
     with the ratio r = exp(clamp(log_probs - old_log_probs, +-log_ratio_clamp)) and the token loss
     l = -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A), capped at -dual_clip A where
     A < 0. Equivalent PyTorch: :func:`dl_norm.reference.policy_loss`. The gradient with respect to
-    ``log_probs`` is computed in the forward pass; every bound belongs to the branch that has a
-    gradient, as in ``torch.clamp``.
+    ``log_probs`` is computed in the forward pass. A bound belongs to the branch that has a
+    gradient: at r exactly 1 + eps_high the gradient is the unclipped one (``torch.clamp`` has 1 or
+    0 there, by version).
 
     Two layouts: padded (B, T), where G = B, or packed (N,) with ``cu_seqlens``.
 
@@ -180,30 +144,56 @@ def policy_loss(
     arXiv:2507.18071, CISPO arXiv:2506.13585, SAPO arXiv:2511.20347, entropy mask arXiv:2506.01939,
     KL correction and sequence mask arXiv:2512.02556.
     """
-    options = PolicyLossOptions(
-        eps_low, eps_high, dual_clip, delta, log_ratio_clamp, beta, ratio_level, surrogate,
-        sapo_temperature_pos, sapo_temperature_neg, bias_corrected_kl,
-    )  # fmt: skip
-    check_policy_loss_inputs(
-        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights, entropy_mask=entropy_mask, sequence_mask=sequence_mask,
-    )  # fmt: skip
-    if beta and ref_log_probs is None:
-        raise ValueError(f"beta = {beta} needs ref_log_probs, the reference policy's log-probs")
-    if not (beta or return_metrics):
-        ref_log_probs = None  # multiplied by zero: not read
-    constants = (
-        old_log_probs, advantages, mask, weights.float(), cu_seqlens, ref_log_probs,
-        rollout_weights,
+    check_flag(return_metrics, "return_metrics")
+    batch, terms = make_call(
+        log_probs, old_log_probs, advantages, mask, weights,
+        dict(
+            cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
+            delta=delta, log_ratio_clamp=log_ratio_clamp, ref_log_probs=ref_log_probs, beta=beta,
+            rollout_weights=rollout_weights, ratio_level=ratio_level, surrogate=surrogate,
+            sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+            bias_corrected_kl=bias_corrected_kl, entropy_mask=entropy_mask,
+            sequence_mask=sequence_mask,
+        ),
+        metrics=return_metrics,
     )  # fmt: skip
     write_grad = torch.is_grad_enabled() and log_probs.requires_grad
     loss, sums = PolicyLossFunction.apply(
-        log_probs, constants, options, implementation_for(impl, log_probs), write_grad,
-        return_metrics, (entropy_mask, sequence_mask),
-    )  # fmt: skip
+        log_probs, batch, terms, implementation_for(impl, log_probs), write_grad, return_metrics
+    )
     if return_metrics:
         return loss, PolicyLossMetrics.from_sums(sums, weights)
     return loss
+
+
+@overload
+def delta_l_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    alpha: float,
+    max_length: int,
+    group: Group = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[CallOptions],
+) -> Tensor: ...
+
+
+@overload
+def delta_l_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    alpha: float,
+    max_length: int,
+    group: Group = None,
+    return_metrics: bool,
+    **options: Unpack[CallOptions],
+) -> tuple[Tensor, PolicyLossMetrics]: ...
 
 
 def delta_l_loss(
@@ -215,29 +205,41 @@ def delta_l_loss(
     alpha: float,
     max_length: int,
     group: Group = None,
-    cu_seqlens: Tensor | None = None,
-    **options,
+    return_metrics: bool = False,
+    **options: Unpack[CallOptions],
 ) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
-    """:func:`policy_loss` with the DeltaL weights of the batch that is passed.
+    """:func:`policy_loss` of a **whole** rollout batch, with its DeltaL weights.
 
-    The tensors must hold the **whole** rollout batch of this process, and with ``group`` the whole
-    batch is that of the group. If the batch is cut into micro-batches, compute
-    :func:`sequence_weights` once before the cut and call :func:`policy_loss` on each slice.
+    Not for a micro-batch: it would be weighted as if it were the batch, so a loss of -0.003 may
+    come out as -0.79. If the batch is cut, compute :func:`sequence_weights` once before the cut
+    and call :func:`policy_loss` on each slice with its slice of the weights. The tensors are those
+    of this process; with ``group`` the whole batch is that of the group. A batch of one sequence
+    is taken for a slice and warned of.
 
     Args:
         alpha, max_length, group: as for :func:`sequence_weights`.
-        **options: every other option of :func:`policy_loss`.
+        return_metrics, **options: as for :func:`policy_loss`.
     """
+    cu_seqlens = options.get("cu_seqlens")
     check_tensor("log_probs", log_probs, LOG_PROB_DTYPES)
     if cu_seqlens is None and log_probs.ndim != 2:
         raise ValueError(
             f"log_probs must be (B, T), or (N,) with cu_seqlens; got {tuple(log_probs.shape)}"
         )
+    if mask is not None:
+        check_mask("mask", mask, log_probs)
+    lengths = sequence_lengths(mask, cu_seqlens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, log_probs)
-    weights = sequence_weights(
-        sequence_lengths(mask, cu_seqlens), alpha=alpha, max_length=max_length, group=group
-    )
+    if lengths.shape[0] == 1 and group is None and not torch.compiler.is_compiling():
+        warnings.warn(
+            "delta_l_loss got one sequence. If it is a micro-batch, its loss is not its share of "
+            "the batch's: call sequence_weights once for the whole rollout batch, and policy_loss "
+            "with a slice of its weights. If it is the batch, pass group='local'",
+            stacklevel=2,
+        )
+    weights = sequence_weights(lengths, alpha=alpha, max_length=max_length, group=group)
     return policy_loss(
-        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens=cu_seqlens, **options
-    )
+        log_probs, old_log_probs, advantages, mask, weights, return_metrics=return_metrics,
+        **options,
+    )  # fmt: skip

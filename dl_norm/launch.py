@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .batch import Batch
 from .device import target
 from .kernels.policy_loss import (
     policy_loss_bwd_kernel,
@@ -20,7 +21,27 @@ from .kernels.policy_loss import (
     policy_loss_sequence_kernel,
 )
 from .metrics import NUM_METRIC_SUMS
-from .options import PolicyLossOptions
+from .options import TokenLoss
+
+
+class Old:
+    def __init__(self, terms):
+        self.surrogate = terms.surrogate
+        self.ratio_level = terms.ratio_level
+        self.beta = terms.beta
+        self.bias_corrected_kl = terms.bias_corrected_kl
+        self.log_ratio_bound = terms.log_ratio_clamp
+        self.positive_high = self.negative_high = 1e38
+        self.negative_low = 0.0
+        self.sapo_temperature_pos = self.sapo_temperature_neg = 1.0
+        st = terms.settings
+        if terms.surrogate == "clip":
+            self.positive_high, self.negative_low, self.negative_high = st
+        elif terms.surrogate == "cispo":
+            self.negative_low, self.positive_high = st
+            self.negative_high = self.positive_high
+        else:
+            self.sapo_temperature_pos, self.sapo_temperature_neg = st
 
 
 @dataclass(frozen=True)
@@ -44,19 +65,7 @@ def _tile_config(itemsize: int) -> TileConfig:
 
 
 def policy_loss_fwd(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    ref_log_probs: Tensor | None,
-    rollout_weights: Tensor | None,
-    options: PolicyLossOptions,
-    write_grad: bool,
-    metrics: bool,
-    entropy_mask: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
+    batch: Batch, terms: TokenLoss, write_grad: bool, metrics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two launches: the loss and gradient of every tile, then the sum of their partial results.
     A ratio of the whole sequence takes a launch before them, one program a sequence.
@@ -64,6 +73,24 @@ def policy_loss_fwd(
     Returns what :func:`dl_norm.closed_form.policy_loss_fwd` returns, except that the gradient of
     float16 log-probs is kept in float32 until it is scaled: DeltaL weights underflow in float16.
     """
+    (
+        log_probs,
+        old_log_probs,
+        ref_log_probs,
+        advantages,
+        mask,
+        rollout_weights,
+        weights,
+        cu_seqlens,
+    ) = batch
+    entropy_mask = sequence_mask = None
+    if not batch.is_per_token(advantages):
+        advantages = advantages[:, 0]
+    if rollout_weights is not None:
+        rollout_weights = rollout_weights.float()
+        if not batch.is_per_token(rollout_weights):
+            rollout_weights = rollout_weights[:, 0]
+    options = Old(terms)
     device = log_probs.device
     tokens = log_probs.numel()
     sequences = weights.shape[0]
@@ -76,8 +103,8 @@ def policy_loss_fwd(
 
     packed = cu_seqlens is not None
     per_sequence = (sequences,)
-    token_advantages = advantages.shape != per_sequence
-    token_rollout = rollout_weights is not None and rollout_weights.shape != per_sequence
+    token_advantages = advantages.ndim == log_probs.ndim and batch.is_per_token(batch.advantages)
+    token_rollout = rollout_weights is not None and batch.is_per_token(batch.policy_weights)
     streams = (
         log_probs,
         old_log_probs,

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from .checks import LOG_PROB_DTYPES
 from .device import implementation_for
+from .keywords import Impl, LinearOptions, LossOptions
 from .linear_chunks import ChunkOptions
-from .logits import (
+from .row_autograd import LinearPolicyLossFunction
+from .row_inputs import (
     PolicyLossOutputs,
-    check_and_flatten,
+    Wanted,
     check_logits,
     is_dtensor,
+    make_row_call,
     row_settings,
-    token_options,
-    with_outputs,
 )
-from .row_autograd import LinearPolicyLossFunction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of typing from Python 3.11 on
+
+
+@overload
+def linear_policy_loss(  # pyright: ignore[reportOverlappingOverload]
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    *,
+    entropy: Literal[False] = False,
+    return_log_probs: Literal[False] = False,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_policy_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    weights: Tensor,
+    *,
+    entropy: bool = False,
+    return_log_probs: bool = False,
+    return_metrics: bool = False,
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, PolicyLossOutputs]: ...
 
 
 def linear_policy_loss(
@@ -32,22 +70,17 @@ def linear_policy_loss(
     weights: Tensor,
     *,
     bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
     fp32_logits: bool = False,
     max_tokens: int | None = None,
     compact: bool = False,
-    ref_log_probs: Tensor | None = None,
-    rollout_weights: Tensor | None = None,
-    entropy_mask: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
-    impl: str | None = None,
+    impl: Impl | None = None,
     entropy: bool = False,
     return_log_probs: bool = False,
     return_metrics: bool = False,
-    **options,
+    **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, PolicyLossOutputs]:
     r""":func:`dl_norm.logits_policy_loss` of logits = hidden @ lm_head_weight.T + bias.
 
@@ -92,16 +125,13 @@ def linear_policy_loss(
 
     Source: as :func:`dl_norm.logits_policy_loss`.
     """
-    settings = row_settings(
-        temperature, logit_softcap, token_options("linear_policy_loss", options), return_metrics,
-        entropy,
-    )  # fmt: skip
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     check_head(hidden, lm_head_weight, bias)
-    returns = entropy or return_log_probs or return_metrics
-    rows = check_and_flatten(
-        hidden, token_ids, old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs,
-        rollout_weights, entropy_mask, sequence_mask, lm_head_weight.shape[0], settings, returns,
+    wanted = Wanted(entropy, return_log_probs, return_metrics)
+    settings, rows = make_row_call(
+        "linear_policy_loss", hidden, token_ids, (old_log_probs, advantages, mask, weights),
+        dict(options), row_settings(temperature, logit_softcap, wanted),
+        vocabulary=lm_head_weight.shape[0], wanted=wanted,
     )  # fmt: skip
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)
     needed = tuple(
@@ -109,12 +139,12 @@ def linear_policy_loss(
         for tensor in (hidden, lm_head_weight, bias)
     )
     # What autocast asks for has been done: inside, it would cast the products' float32 operands.
-    with torch.autocast(hidden.device.type, enabled=False):
-        outputs = LinearPolicyLossFunction.apply(
-            hidden, lm_head_weight, bias, settings, chunks, implementation_for(impl, hidden),
-            needed, *vars(rows).values(),
+    with without_autocast(hidden.device.type):
+        results = LinearPolicyLossFunction.apply(
+            hidden, lm_head_weight, bias, rows, settings, chunks,
+            implementation_for(impl, hidden), needed,
         )  # fmt: skip
-    return with_outputs(outputs, token_ids.shape, weights, settings, returns)
+    return wanted.outputs(results, token_ids.shape, weights)
 
 
 def check_head(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:
@@ -130,7 +160,7 @@ def _check_parameter(
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in LOG_PROB_DTYPES or (
-        tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)
+        tensor.dtype != hidden.dtype and not _autocasts(hidden.device.type)
     ):
         raise TypeError(
             f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}: "
@@ -145,13 +175,23 @@ def _check_parameter(
         )
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A meta device has none to leave."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
 def whole_head(
     hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The head on this rank, cast as torch.nn.functional.linear does it under autocast; autograd
     casts, and spreads over the shards, the gradients."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, lm_head_weight = hidden.to(dtype), lm_head_weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

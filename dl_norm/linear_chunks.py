@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import values_are_free
-from .logits_closed_form import RowOutputs, RowSettings
-from .token_rows import TokenRows
+from .checks import check_flag, values_are_free
+from .token_rows import RowOutputs, RowSettings, TokenRows
 
 # Tokens in a chunk. Adding a chunk to the float32 head gradient moves 8 V D bytes whatever its
 # size, which many tokens must share on a GPU. A CPU multiplies so slowly that a chunk may be small,
@@ -33,10 +33,14 @@ class ChunkOptions:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
                 raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+            if isinstance(value, np.integer):
+                object.__setattr__(self, name, value.item())
+        check_flag(self.fp32_logits, "fp32_logits")
+        check_flag(self.compact, "compact")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def linear_pass(
     settings: RowSettings,
     plan: ChunkPlan,
     logits_pass: Callable[..., None],
-    grads: tuple[bool, bool, bool],
+    grads: tuple[bool, ...],
 ) -> tuple[RowOutputs, list[Tensor | None]]:
     """Returns the outputs of the N rows, and the gradients of hidden, lm_head_weight and bias.
 

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from . import closed_form
-from .metrics import NUM_METRIC_SUMS
-from .options import PolicyLossOptions
-from .token_rows import TokenRows
+from .token_rows import RowOutputs, RowSettings, TokenRows
 
-NUM_SUMS = 1 + NUM_METRIC_SUMS  # the loss first, as in kernels/policy_loss.py
 # Logits that are worked on together, 4 MB: the passes over them run in a CPU's cache.
 _BLOCK_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """Everything of a pass over rows of logits that is not a tensor.
-
-    options: of the token loss; None for log-probs alone, without loss and gradient.
-    """
-
-    temperature: float = 1.0
-    softcap: float | None = None
-    options: PolicyLossOptions | None = None
-    metrics: bool = False
-    entropy: bool = False
-
-
-@dataclass(frozen=True)
-class RowOutputs:
-    """float32 results of N rows: log_probs (N,), entropy (N,) or None, and partials, (1 or 10, N):
-    addends of the loss and of the metrics, the last of ten combined by maximum."""
-
-    log_probs: Tensor
-    entropy: Tensor | None
-    partials: Tensor
-
-    @classmethod
-    def zeros(cls, rows: int, settings: RowSettings, device: torch.device) -> RowOutputs:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
-        num_sums = 0 if settings.options is None else NUM_SUMS if settings.metrics else 1
-        return cls(zeros(rows), zeros(rows) if settings.entropy else None, zeros(num_sums, rows))
 
 
 def logits_pass(
@@ -165,20 +128,11 @@ def _block_pass(
         mean = torch.where(probs > 0, addends, 0.0).sum(1) / total
         outputs.entropy[where] = -minus_log_total - mean
     outputs.log_probs[where] = log_probs
-    if settings.options is None or rows.advantages is None or rows.weights is None:
+    if settings.terms is None:
         return  # log-probs alone
-
-    def column(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[:, None]
-
-    # Rollout weight 0 also says that there is no policy term, whatever its factors are.
-    kept = None if rows.rollout_weights is None else rows.rollout_weights != 0
-    # Every row as a sequence of one token.
     loss, token_grad, sums = closed_form.policy_loss_fwd(
-        log_probs[:, None], column(rows.old_log_probs), rows.advantages, None, rows.weights, None,
-        column(rows.ref_log_probs), rows.rollout_weights, settings.options, grad is not None,
-        settings.metrics, column(kept),
-    )  # fmt: skip
+        rows.as_batch(log_probs), settings.terms, grad is not None, settings.metrics
+    )
     first = where.start if isinstance(where, slice) else where[0]
     outputs.partials[0, first] = loss
     if settings.metrics:

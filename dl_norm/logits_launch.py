@@ -13,9 +13,9 @@ from torch import Tensor
 from .device import target
 from .kernels.logits_policy_loss import logits_policy_loss_kernel
 from .kernels.policy_loss import policy_loss_reduce_kernel
-from .logits_closed_form import RowOutputs, RowSettings
-from .options import PolicyLossOptions
-from .token_rows import TokenRows
+from .launch import Old
+from .options import make_token_loss
+from .token_rows import RowOutputs, RowSettings, TokenRows
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def logits_pass(
     # Left alone, ptxas fits some kernels into 32 registers: a second program on a multiprocessor
     # then drives the first one's row out of the cache, and some registers into memory.
     limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
-    options = settings.options or PolicyLossOptions()
+    options = Old(settings.terms or make_token_loss())
     # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
     unread = outputs.log_probs
 
@@ -81,7 +81,7 @@ def logits_pass(
             pointer(rows.ref_log_probs),
             pointer(rows.advantages),
             pointer(rows.weights),
-            pointer(rows.rollout_weights),
+            pointer(rows.policy_weights),
             pointer(grad),
             outputs.log_probs,
             pointer(outputs.entropy),
@@ -102,10 +102,10 @@ def logits_pass(
             options.sapo_temperature_neg,
             options.log_ratio_bound,
             options.beta,
-            HAS_LOSS=settings.options is not None,
+            HAS_LOSS=settings.terms is not None,
             HAS_OLD=rows.old_log_probs is not None,
             HAS_REF=rows.ref_log_probs is not None,
-            HAS_ROLLOUT=rows.rollout_weights is not None,
+            HAS_ROLLOUT=rows.policy_weights is not None,
             HAS_SOFTCAP=settings.softcap is not None,
             CISPO=options.surrogate == "cispo",
             SAPO=options.surrogate == "sapo",

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import (
-    LOG_PROB_DTYPES,
-    check_cu_seqlens,
-    check_number,
-    check_policy_loss_inputs,
-    check_tensor,
-)
-from .closed_form import sequence_sums
-from .weights import sequence_lengths
+from .batch import make_batch
+from .checks import REAL_DTYPES, check_number, check_tensor
 
 
 @torch.no_grad()
@@ -49,24 +42,16 @@ def off_policy_sequence_mask(
     Source: DeepSeek-V3.2, arXiv:2512.02556, equation 9.
     """
     check_number(threshold, "threshold", "threshold > 0", lambda v: v > 0)
-    dtypes = (*LOG_PROB_DTYPES, torch.float64)
-    check_tensor("log_probs", log_probs, dtypes)
-    check_tensor("old_log_probs", old_log_probs, dtypes)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, log_probs)
-    sequences = len(log_probs) if cu_seqlens is None else len(cu_seqlens) - 1
-    weights = log_probs.new_empty(sequences)
-    check_policy_loss_inputs(
-        log_probs, old_log_probs, advantages, mask, weights, cu_seqlens, None, None, dtypes
+    check_tensor("log_probs", log_probs, REAL_DTYPES)
+    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
+    sequences = len(log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    batch = make_batch(
+        log_probs, old_log_probs, advantages, mask, log_probs.new_ones(sequences).float(),
+        REAL_DTYPES, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     difference = torch.nan_to_num(old_log_probs.float() - log_probs.float(), nan=0.0)
-    if mask is not None:
-        difference = difference.masked_fill(mask == 0, 0.0)
-    lengths = sequence_lengths(mask, cu_seqlens).clamp(min=1)
-    near = sequence_sums(difference, cu_seqlens) / lengths <= threshold
-    if advantages.shape != near.shape:
-        if cu_seqlens is None:
-            near = near[:, None]
-        else:
-            near = near.repeat_interleave(cu_seqlens.diff(), output_size=log_probs.shape[0])
-    return (advantages >= 0) | near
+    means = batch.sequence_means(difference.masked_fill_(~batch.counted(), 0.0))
+    near = means <= threshold
+    if batch.is_per_token(batch.advantages):
+        return (advantages >= 0) | batch.per_token(near)
+    return (advantages >= 0) | near[:, 0]

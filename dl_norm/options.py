@@ -2,104 +2,96 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from .checks import check_number
+import numpy as np
+
+from .checks import check_choice, check_flag, check_number
+from .surrogates import KINDS, SURROGATES, Surrogate
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
-SURROGATES = ("clip", "cispo", "sapo")
+GENERAL = ("ratio_level", "log_ratio_clamp", "beta", "bias_corrected_kl")
+# The options of each surrogate, and what they are unless given.
+FIELDS = {
+    name: {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore
+    for name, kind in SURROGATES.items()
+}
+DEFAULTS = {name: default for fields in FIELDS.values() for name, default in fields.items()}
 
 
-@dataclass(frozen=True)
-class PolicyLossOptions:
-    """Ratio, surrogate, clipping and KL settings of :func:`dl_norm.policy_loss`, checked once."""
+class TokenLoss(NamedTuple):
+    """What is computed of one token: names and numbers, no tensor."""
 
-    eps_low: float = 0.2
-    eps_high: float = 0.2
-    dual_clip: float | None = None
-    delta: float | None = None
-    log_ratio_clamp: float | None = 20.0
-    beta: float = 0.0
+    surrogate: str  # of surrogates.KINDS
+    settings: tuple[float, ...]  # of that surrogate
     ratio_level: str = "token"
-    surrogate: str = "clip"
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
+    log_ratio_clamp: float = math.inf  # inf: none
+    beta: float = 0.0
     bias_corrected_kl: bool = False
 
-    def __post_init__(self):
-        _check_choice(self.ratio_level, "ratio_level", RATIO_LEVELS)
-        _check_choice(self.surrogate, "surrogate", SURROGATES)
-        check_number(self.eps_low, "eps_low", "0 <= eps_low <= 1", lambda v: 0 <= v <= 1)
-        if self.surrogate == "cispo":
-            # TRL's epsilon_high is the bound itself, 1 + eps_high here, and may be below 1.
-            rule = "eps_high >= -eps_low and eps_high > -1"
-            check_number(self.eps_high, "eps_high", rule, lambda v: v >= -self.eps_low and v > -1)
-        else:
-            check_number(self.eps_high, "eps_high", "eps_high >= 0", lambda v: v >= 0)
-        check_number(self.beta, "beta", "beta >= 0", lambda v: v >= 0)
-        if self.dual_clip is not None:
-            check_number(self.dual_clip, "dual_clip", "dual_clip > 1 (or None)", lambda v: v > 1)
-        if self.delta is not None:
-            check_number(self.delta, "delta", "delta > 1 (or None)", lambda v: v > 1)
-        if self.log_ratio_clamp is not None:
-            rule = "log_ratio_clamp > 0 (or None)"
-            check_number(self.log_ratio_clamp, "log_ratio_clamp", rule, lambda v: v > 0)
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
-            check_number(getattr(self, name), name, f"{name} > 0", lambda v: v > 0)
-        if not isinstance(self.bias_corrected_kl, bool):
-            kind = type(self.bias_corrected_kl).__name__
-            raise TypeError(f"bias_corrected_kl must be True or False, got {kind}")
-        self._refuse_what_has_no_effect()
-
-    def _refuse_what_has_no_effect(self):
-        without_effect = {
-            "clip": ("sapo_temperature_pos", "sapo_temperature_neg"),
-            "cispo": ("dual_clip", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
-            "sapo": ("eps_low", "eps_high", "dual_clip", "delta"),
-        }
-        for name in without_effect[self.surrogate]:
-            value = getattr(self, name)
-            if value != getattr(PolicyLossOptions, name):  # a field's default
-                raise ValueError(
-                    f"{name}={value} has no effect with surrogate={self.surrogate!r}; omit it"
-                )
-
     @property
-    def positive_low(self) -> float:
-        """Lower bound of the ratio where A >= 0: for "clip" min(r, clip(r)) has none."""
-        return 1 - self.eps_low if self.surrogate == "cispo" else 0.0
-
-    @property
-    def positive_high(self) -> float:
-        """Upper bound of the ratio where A >= 0: min(min(r, delta), clip(r)) = min(r, this)."""
-        if self.surrogate == "sapo":
-            return math.inf
-        return min(1 + self.eps_high, self.delta or math.inf)
-
-    @property
-    def negative_low(self) -> float:
-        """Lower bound of the ratio where A < 0: max(r, clip(r)) >= 1 - eps_low."""
-        return 0.0 if self.surrogate == "sapo" else 1 - self.eps_low
-
-    @property
-    def negative_high(self) -> float:
-        """Upper bound of the ratio where A < 0, from the two-sided bound and the dual clip.
-
-        max(min(r, delta), clip(r)) = clamp(r, 1 - eps_low, max(delta, 1 + eps_high)), and the
-        dual clip caps the loss at -dual_clip * A.
-        """
-        if self.surrogate == "cispo":
-            return 1 + self.eps_high
-        two_sided = math.inf if self.delta is None else max(self.delta, 1 + self.eps_high)
-        return min(two_sided, self.dual_clip or math.inf)
-
-    @property
-    def log_ratio_bound(self) -> float:
-        return math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp
+    def kind(self) -> type[Surrogate]:
+        return KINDS[self.surrogate]
 
 
-def _check_choice(value: str, name: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        names = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {names}; got {value!r}")
+def make_token_loss(
+    *,
+    surrogate: str | Surrogate = "clip",
+    ratio_level: str = "token",
+    log_ratio_clamp: float | None = 20.0,
+    beta: float = 0.0,
+    bias_corrected_kl: bool = False,
+    **fields,
+) -> TokenLoss:
+    """Checks the options of :func:`dl_norm.policy_loss`. ``fields``: those of the surrogate."""
+    chosen = make_surrogate(surrogate, fields)
+    check_choice(ratio_level, "ratio_level", RATIO_LEVELS)
+    if log_ratio_clamp is not None:
+        rule = "log_ratio_clamp > 0 (or None)"
+        log_ratio_clamp = check_number(log_ratio_clamp, "log_ratio_clamp", rule, lambda v: v > 0)
+    beta = check_number(beta, "beta", "beta >= 0", lambda v: v >= 0)
+    check_flag(bias_corrected_kl, "bias_corrected_kl")
+    return TokenLoss(
+        chosen.kind,
+        tuple(_as_float(value) for value in chosen.settings()),
+        ratio_level,
+        math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        beta,
+        bias_corrected_kl,
+    )
+
+
+def surrogate_of(options: dict) -> Surrogate:
+    """The surrogate of the options of :func:`make_token_loss`."""
+    fields = {name: value for name, value in options.items() if name not in GENERAL}
+    return make_surrogate(fields.pop("surrogate", "clip"), fields)
+
+
+def make_surrogate(surrogate: str | Surrogate, fields: dict) -> Surrogate:
+    """The surrogate of a name, with those of ``fields`` that are its own.
+
+    A field of another surrogate is refused unless it has that one's default: there it has no
+    effect.
+    """
+    own = {}
+    if not isinstance(surrogate, Surrogate):
+        check_choice(surrogate, "surrogate", tuple(SURROGATES))
+        own = FIELDS[surrogate]
+    for name, value in fields.items():
+        if name not in DEFAULTS:
+            raise TypeError(
+                f"{name} is no option of a policy loss; the options of its surrogates are "
+                f"{', '.join(DEFAULTS)}"
+            )
+        if name not in own and value != DEFAULTS[name]:
+            raise ValueError(f"{name}={value} has no effect with surrogate={surrogate!r}; omit it")
+    if isinstance(surrogate, Surrogate):
+        return surrogate
+    return SURROGATES[surrogate](**{name: fields[name] for name in own if name in fields})
+
+
+def _as_float(value) -> float:
+    # A kernel would be compiled anew for an int. A symbolic float stays what it is.
+    return float(value) if isinstance(value, (int, np.generic)) else value

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import has_no_values
 from .device import implementation_for
-from .linear import check_head, whole_head
+from .linear import check_head, whole_head, without_autocast
 from .linear_chunks import ChunkOptions
-from .logits import check_logits, row_settings
-from .row_autograd import log_probs_forward, log_probs_op
-from .token_rows import TokenRows, check_token_ids
+from .row_autograd import log_probs_op
+from .row_inputs import Wanted, check_logits, check_token_ids, row_settings
+from .row_passes import log_probs_forward
+from .token_rows import TokenRows
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def token_log_probs(
     Raises:
         TypeError, ValueError: for what cannot be honoured, saying what was expected.
     """
-    settings = row_settings(temperature, logit_softcap, None, False, entropy)
+    settings = row_settings(temperature, logit_softcap, Wanted(entropy, True, False))
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     if lm_head_weight is None:
         check_logits("hidden_or_logits", hidden_or_logits, "V")
@@ -69,20 +71,19 @@ def token_log_probs(
     if mask is None:
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
     else:
-        active = (mask != 0).reshape(-1)
+        active = (mask != 0).reshape(-1).contiguous()
     impl = implementation_for(impl, hidden_or_logits)
     if lm_head_weight is not None:
         hidden_or_logits, lm_head_weight, bias = whole_head(hidden_or_logits, lm_head_weight, bias)
     elif hidden_or_logits.stride(-1) != 1:
         hidden_or_logits = hidden_or_logits.contiguous()
     tensors = hidden_or_logits, lm_head_weight, bias
-    ids = token_ids.reshape(-1)
+    ids = token_ids.reshape(-1).contiguous()
     # What autocast asks for has been done.
-    with torch.autocast(ids.device.type, enabled=False):
-        if torch.compiler.is_compiling():
+    with without_autocast(ids.device.type):
+        if has_no_values(ids):
             log_probs, entropies = log_probs_op(
-                *tensors, ids, active, temperature, logit_softcap, entropy,
-                *vars(chunks).values(), impl,
+                *tensors, ids, active, settings.temperature, settings.softcap, entropy, chunks, impl
             )  # fmt: skip
         else:
             rows = TokenRows(ids, active)

@@ -1,18 +1,24 @@
-"""What the loss over logits needs to know of each token, one entry per row of the logits."""
+"""The records of the losses over rows of logits: of their tokens, settings and outputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .checks import values_are_free
+from .metrics import NUM_METRIC_SUMS
+from .options import TokenLoss
+
+NUM_SUMS = 1 + NUM_METRIC_SUMS  # the loss first, as in kernels/policy_loss.py
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Flat (N,) tensors; float32 where not said otherwise.
+    """Flat (N,) contiguous tensors; float32 where not said otherwise.
 
     active (bool) is False where the token has neither loss nor gradient: its row is not read.
     Inactive rows have advantage and weight 0, whatever was passed there. A loss has advantages
@@ -25,7 +31,7 @@ class TokenRows:
     weights: Tensor | None = None
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
-    rollout_weights: Tensor | None = None
+    policy_weights: Tensor | None = None  # 0 where there is no policy term
 
     @property
     def count(self) -> int:
@@ -40,108 +46,83 @@ class TokenRows:
         }
         return TokenRows(**taken)
 
+    def as_batch(self, log_probs: Tensor) -> Batch:
+        """Every row, all active, as a sequence of one token."""
+        assert self.advantages is not None and self.weights is not None
 
-def policy_loss_rows(
-    token_ids: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    ref_log_probs: Tensor | None,
-    rollout_weights: Tensor | None,
-    entropy_mask: Tensor | None,
-    sequence_mask: Tensor | None,
-    skip_zero_advantages: bool,
-) -> TokenRows:
-    """Spreads per-sequence values over the tokens of a (B, T) or packed (N,) batch.
+        def column(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[:, None]
 
-    A token that one of the two masks leaves without its policy term has rollout weight 0.
+        return Batch(
+            log_probs[:, None], column(self.old_log_probs), column(self.ref_log_probs),
+            self.advantages[:, None], None, column(self.policy_weights), self.weights, None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """Everything of a pass over rows of logits that is not a tensor.
+
+    terms: of the token loss; None for log-probs alone, without loss and gradient.
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    terms: TokenLoss | None = None
+    metrics: bool = False
+    entropy: bool = False
+
+
+@dataclass(frozen=True)
+class RowOutputs:
+    """float32 results of N rows: log_probs (N,), entropy (N,) or None, and partials, (1 or 10, N):
+    addends of the loss and of the metrics, the last of ten combined by maximum."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    partials: Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, settings: RowSettings, device: torch.device) -> RowOutputs:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        num_sums = 0 if settings.terms is None else NUM_SUMS if settings.metrics else 1
+        return cls(zeros(rows), zeros(rows) if settings.entropy else None, zeros(num_sums, rows))
+
+
+def make_rows(batch: Batch, token_ids: Tensor, skip_zero_advantages: bool) -> TokenRows:
+    """Spreads per-sequence values over the tokens; everything is contiguous, as a kernel reads it.
 
     ``skip_zero_advantages``: tokens of advantage 0, or without a policy term, are inactive too.
     That term and its gradient are exactly 0, so this is right where nothing else of them is asked
     for.
     """
-    shape = token_ids.shape
-    sequences = weights.shape[0]
-    tokens = token_ids.numel()
-    device = token_ids.device
-    weights = weights.float()
-    sequence_of = None
-    if cu_seqlens is not None and sequences:
-        ends = cu_seqlens[1:].contiguous()
-        positions = torch.arange(tokens, dtype=ends.dtype, device=device)
-        sequence_of = torch.searchsorted(ends, positions, right=True).clamp_(max=sequences - 1)
-        if not values_are_free(cu_seqlens):
-            # Offsets that do not span the stream cannot raise without a sync: the loss is NaN.
-            spans = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens)
-            weights = torch.where(spans, weights, torch.nan)
 
-    def spread(values: Tensor) -> Tensor:
-        if values.shape != (sequences,):
-            return values.reshape(tokens)
-        if cu_seqlens is None:
-            return values[:, None].expand(shape).reshape(tokens)
-        return values.new_zeros(tokens) if sequence_of is None else values[sequence_of]
+    def flat(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        if values is None:
+            return None
+        return batch.per_token(values).expand(token_ids.shape).reshape(-1).to(dtype).contiguous()
 
-    def flat(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.float().reshape(tokens)
-
-    advantages = spread(advantages.float())
-    weights = spread(weights)
-    if rollout_weights is not None:
-        rollout_weights = spread(rollout_weights.float())
-    active = torch.ones(tokens, dtype=torch.bool, device=device)
-    if mask is not None:
-        active = (mask != 0).reshape(tokens)
-    counted = active
+    weights = batch.weights
+    if batch.cu_seqlens is not None and not values_are_free(batch.cu_seqlens):
+        # Offsets that do not span the stream cannot raise without a sync: the loss is NaN.
+        spans = (batch.cu_seqlens[0] == 0) & (batch.cu_seqlens[-1] == token_ids.shape[0])
+        weights = torch.where(spans, weights, torch.nan)
+    counted = cast(Tensor, flat(batch.counted(), torch.bool))
+    advantages = torch.where(counted, cast(Tensor, flat(batch.advantages)), 0.0)
+    policy_weights = flat(batch.policy_weights)
+    active = counted
     if skip_zero_advantages:
         active = active & (advantages != 0)
-    for policy_mask in (entropy_mask, sequence_mask):
-        if policy_mask is None:
-            continue
-        kept = spread(policy_mask != 0)
-        if rollout_weights is None:
-            rollout_weights = kept.float()
-        else:
-            rollout_weights = torch.where(kept, rollout_weights, 0.0)
-        if skip_zero_advantages:
-            active = active & kept
+        if policy_weights is not None:
+            active = active & (policy_weights != 0)
     return TokenRows(
-        token_ids=token_ids.reshape(tokens),
+        token_ids=token_ids.reshape(-1).contiguous(),
         active=active,
-        advantages=torch.where(counted, advantages, 0.0),
-        weights=torch.where(counted, weights, 0.0),
-        old_log_probs=flat(old_log_probs),
-        ref_log_probs=flat(ref_log_probs),
-        rollout_weights=rollout_weights,
+        advantages=advantages,
+        weights=torch.where(counted, cast(Tensor, flat(weights[:, None])), 0.0),
+        old_log_probs=flat(batch.old_log_probs),
+        ref_log_probs=flat(batch.ref_log_probs),
+        policy_weights=policy_weights,
     )
-
-
-def check_token_ids(token_ids: Tensor, mask: Tensor | None, like: Tensor, vocabulary: int) -> None:
-    """``like``: a tensor of the shape and on the device that both must have.
-
-    On a GPU an id outside the vocabulary makes the loss NaN instead of raising.
-    """
-    if not isinstance(token_ids, Tensor):
-        raise TypeError(f"token_ids must be a tensor, got {type(token_ids).__name__}")
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}")
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    for name, tensor in (("token_ids", token_ids), ("mask", mask)):
-        if tensor is None:
-            continue
-        if tensor.shape != like.shape:
-            raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != like.device:
-            raise ValueError(f"{name} is on {tensor.device}, not on {like.device}: move it there")
-    if values_are_free(token_ids):
-        outside = (token_ids < 0) | (token_ids >= vocabulary)
-        if mask is not None:
-            outside &= mask != 0
-        if bool(outside.any()):
-            raise ValueError(
-                f"token_ids must be in [0, V = {vocabulary}) where mask != 0, got "
-                f"{int(token_ids[outside][0])}"
-            )

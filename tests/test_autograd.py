@@ -9,6 +9,7 @@ import torch
 
 import dl_norm
 from dl_norm import autograd, closed_form, launch
+from dl_norm.options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch")
 
@@ -351,13 +352,14 @@ def test_weights_and_loss_compile_together(make_batch):
 def test_opcheck(layout, dtype, make_batch):
     """Schema, fake outputs and AOT dispatch of the operator that torch.compile sees."""
     batch = make_batch([5, 0, 9], 11, layout=layout, holes=True, dtype=dtype, ref=True)
+    terms = make_token_loss(eps_high=0.28, dual_clip=3.0, beta=0.1)
     for write_grad, metrics in ((True, True), (False, False), (True, False)):
-        args = (
-            *batch.args(), batch.cu_seqlens, batch.ref_log_probs, None,
-            0.2, 0.28, 3.0, None, 20.0, 0.1, "token", "clip", 1.0, 1.05, False, write_grad, metrics,
-            None, None,
-        )  # fmt: skip
-        torch.library.opcheck(autograd._policy_loss_op, args)
+        records = dl_norm.batch.make_batch(
+            *batch.args(), cu_seqlens=batch.cu_seqlens, ref_log_probs=batch.ref_log_probs
+        )
+        operator = autograd.policy_loss_op
+        args = operator.arguments(records, terms, write_grad, metrics)
+        torch.library.opcheck(operator.op, tuple(args))
 
 
 # -- the other ways in ---------------------------------------------------------------------------

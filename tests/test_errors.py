@@ -17,7 +17,8 @@ import torch
 
 import dl_norm
 from dl_norm import launch
-from dl_norm.options import PolicyLossOptions
+from dl_norm.batch import make_batch
+from dl_norm.options import make_token_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 B, T, N, G = 3, 8, 20, 4
@@ -47,22 +48,22 @@ BAD_OPTIONS = [
     ({"eps_low": -0.1}, ValueError, "expected 0 <= eps_low <= 1 and finite, got eps_low=-0.1"),
     ({"eps_low": 1.1}, ValueError, "expected 0 <= eps_low <= 1 and finite, got eps_low=1.1"),
     ({"eps_low": math.nan}, ValueError, "got eps_low=nan"),
-    ({"eps_low": None}, TypeError, "eps_low must be a Python number, got NoneType"),
+    ({"eps_low": None}, TypeError, "eps_low must be a number, got NoneType"),
     ({"eps_high": -1e-9}, ValueError, "expected eps_high >= 0 and finite, got eps_high=-1e-09"),
     ({"eps_high": math.inf}, ValueError, "expected eps_high >= 0 and finite, got eps_high=inf"),
-    ({"eps_high": "0.2"}, TypeError, "eps_high must be a Python number, got str"),
-    ({"eps_high": torch.tensor(0.2)}, TypeError, "eps_high must be a Python number, got Tensor"),
+    ({"eps_high": "0.2"}, TypeError, "eps_high must be a number, got str"),
+    ({"eps_high": torch.tensor(0.2)}, TypeError, "eps_high must be a number, got Tensor"),
     ({"dual_clip": 1.0}, ValueError,
      "expected dual_clip > 1 (or None) and finite, got dual_clip=1.0"),
     ({"dual_clip": math.inf}, ValueError, "dual_clip > 1 (or None) and finite, got dual_clip=inf"),
-    ({"dual_clip": True}, TypeError, "dual_clip must be a Python number, got bool"),
+    ({"dual_clip": True}, TypeError, "dual_clip must be a number, got bool"),
     ({"delta": 1.0}, ValueError, "expected delta > 1 (or None) and finite, got delta=1.0"),
     ({"delta": 0.0}, ValueError, "expected delta > 1 (or None) and finite, got delta=0.0"),
     ({"log_ratio_clamp": 0.0}, ValueError,
      "expected log_ratio_clamp > 0 (or None) and finite, got log_ratio_clamp=0.0"),
     ({"log_ratio_clamp": math.inf}, ValueError, "got log_ratio_clamp=inf"),
     ({"beta": -0.5}, ValueError, "expected beta >= 0 and finite, got beta=-0.5"),
-    ({"beta": None}, TypeError, "beta must be a Python number, got NoneType"),
+    ({"beta": None}, TypeError, "beta must be a number, got NoneType"),
     ({"beta": 0.5}, ValueError, "needs ref_log_probs"),
 ]  # fmt: skip
 
@@ -74,7 +75,7 @@ def test_options(options, error, message, padded):
         with pytest.raises(error, match=re.escape(message)):
             dl_norm.DeltaLLoss(max_length=8, **options)
         with pytest.raises(error, match=re.escape(message)):
-            PolicyLossOptions(**options)
+            make_token_loss(**options)
 
 
 def test_unknown_option_is_no_option(padded):
@@ -243,9 +244,9 @@ def test_offsets_that_do_not_span_give_nan(offsets, write_grad, packed):
     """Past the host's check, as on a GPU: the loss says so, and nothing is read out of bounds."""
     bad = torch.tensor(offsets, device=packed.log_probs.device)
     for cu_seqlens, spans in ((bad, False), (packed.cu_seqlens, True)):
-        loss, _, _ = launch.policy_loss_fwd(
-            *packed.args(), cu_seqlens, None, None, PolicyLossOptions(), write_grad, False
-        )
+        batch = make_batch(*packed.args(), cu_seqlens=packed.cu_seqlens)
+        batch = batch._replace(cu_seqlens=cu_seqlens)
+        loss, _, _ = launch.policy_loss_fwd(batch, make_token_loss(), write_grad, False)
         assert loss.isfinite().item() is spans
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 import pytest
 import torch
 
 import dl_norm
 from dl_norm import row_autograd
 from dl_norm.linear_chunks import ChunkOptions
-from dl_norm.options import PolicyLossOptions
+from dl_norm.options import make_token_loss
+from dl_norm.token_rows import RowSettings, TokenRows
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -318,15 +317,21 @@ def test_compiled_in_place_is_refused(make):
 
 # Every test of torch.library.opcheck: schema (nothing is written to, no output is an input),
 # autograd registration, fake outputs, and AOT dispatch with symbolic sizes.
-SETTINGS = (0.8, None, True, True)  # temperature, softcap, metrics, entropy
-OPTIONS = astuple(PolicyLossOptions(dual_clip=3.0, beta=0.1))
+TERMS = make_token_loss(dual_clip=3.0, beta=0.1)
+SETTINGS = RowSettings(0.8, None, TERMS, True, True)
+CAPPED = RowSettings(1.0, 5.0, TERMS)
+PLAIN = RowSettings(terms=TERMS)
+
+
+def opcheck(operator, *records):
+    torch.library.opcheck(operator.op, tuple(operator.arguments(*records)))
 
 
 def rows_of(given, ref=True):
     tokens = given["token_ids"].numel()
     per_token = given["token_ids"].shape[1]
     old = given["old_log_probs"].flatten()
-    return (
+    return TokenRows(
         given["token_ids"].flatten(), given["mask"].flatten(),
         given["advantages"].repeat_interleave(per_token),
         given["weights"].repeat_interleave(per_token), old, old + 0.1 if ref else None,
@@ -348,12 +353,10 @@ def test_opcheck_logits(dtype, impl, make):
     assert not shifted.is_contiguous()
     for tensor, settings, write_grad in (
         (logits, SETTINGS, True),
-        (shifted, (1.0, 5.0, False, False), True),
-        (logits, (1.0, None, False, False), False),
+        (shifted, CAPPED, True),
+        (logits, PLAIN, False),
     ):
-        torch.library.opcheck(
-            row_autograd.logits_op, (tensor, *rows_of(given), *settings, *OPTIONS, impl, write_grad)
-        )
+        opcheck(row_autograd.logits_op, tensor, rows_of(given), settings, impl, write_grad)
 
 
 @pytest.mark.parametrize(
@@ -368,15 +371,12 @@ def test_opcheck_linear(dtype, impl, make):
     hidden, head, bias = (leaf.detach() for leaf in leaves)
     for bias_or_none, chunks, settings, needed in (
         (bias, ChunkOptions(3), SETTINGS, (True, True, True)),
-        (None, ChunkOptions(fp32_logits=True), (1.0, 5.0, False, False), (True, False, False)),
-        (bias, ChunkOptions(), (1.0, None, False, False), (False, False, False)),
+        (None, ChunkOptions(fp32_logits=True), CAPPED, (True, False, False)),
+        (bias, ChunkOptions(), PLAIN, (False, False, False)),
     ):
-        torch.library.opcheck(
-            row_autograd.linear_op,
-            (
-                hidden, head, bias_or_none, *rows_of(given), *settings, *OPTIONS,
-                *astuple(chunks), impl, *needed,
-            ),
+        opcheck(
+            row_autograd.linear_op, hidden, head, bias_or_none, rows_of(given), settings, chunks,
+            impl, needed,
         )  # fmt: skip
 
 
@@ -390,7 +390,4 @@ def test_opcheck_token_log_probs(impl, make):
         ((hidden, head, None), False, ChunkOptions()),
         ((hidden @ head.T, None, None), True, ChunkOptions()),
     ):
-        torch.library.opcheck(
-            row_autograd.log_probs_op,
-            (*tensors, ids, active, 0.8, None, entropy, *astuple(chunks), impl),
-        )
+        opcheck(row_autograd.log_probs_op, *tensors, ids, active, 0.8, None, entropy, chunks, impl)

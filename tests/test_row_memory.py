@@ -12,10 +12,9 @@ import torch
 
 import dl_norm
 from bench.timing import peak_memory
-from dl_norm import logits_closed_form, row_autograd
-from dl_norm.logits_closed_form import RowSettings
-from dl_norm.options import PolicyLossOptions
-from dl_norm.token_rows import TokenRows
+from dl_norm import logits_closed_form, row_passes
+from dl_norm.options import make_token_loss
+from dl_norm.token_rows import RowSettings, TokenRows
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -254,8 +253,8 @@ def test_gradients_beyond_32_bits(in_place, device, monkeypatch):
     ids = column(5, 0, vocabulary - 1).int()
     active = column(1, 0, 1) != 0
     token_rows = TokenRows(ids, active, column(1.0, 0.0, -2.0), column(1.0, 0.0, 0.5))
-    settings = RowSettings(options=PolicyLossOptions())
-    loss, log_probs, *_ = row_autograd.logits_forward(logits, grad, token_rows, settings, "triton")
+    settings = RowSettings(terms=make_token_loss())
+    loss, log_probs, *_ = row_passes.logits_forward(logits, grad, token_rows, settings, "triton")
 
     wide = given.double().detach().requires_grad_()
     true = wide.log_softmax(-1)[torch.arange(3), ids[last].cpu().long()]

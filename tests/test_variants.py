@@ -16,7 +16,7 @@ import torch
 
 import dl_norm
 from dl_norm import autograd
-from dl_norm.options import PolicyLossOptions
+from dl_norm.options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 BUDGET = 3e-6
@@ -410,13 +410,14 @@ def test_compiles_in_one_graph(variant, layout, impl, make_batch):
 
 def test_opcheck(make_batch):
     batch = make_batch([5, 0, 9], 11, holes=True, ref=True)
-    options = (0.2, 0.28, None, None, 20.0, 0.1, "sequence", "cispo", 1.0, 1.05, True)
-    masks = policy_masks(batch)
-    args = (
-        *batch.args(), None, batch.ref_log_probs, None, *options, True, True,
-        masks["entropy_mask"], masks["sequence_mask"],
-    )  # fmt: skip
-    torch.library.opcheck(autograd._policy_loss_op, args)
+    terms = make_token_loss(
+        eps_high=0.28, beta=0.1, ratio_level="sequence", surrogate="cispo", bias_corrected_kl=True
+    )
+    records = dl_norm.batch.make_batch(
+        *batch.args(), ref_log_probs=batch.ref_log_probs, **policy_masks(batch)
+    )
+    arguments = autograd.policy_loss_op.arguments(records, terms, True, True)
+    torch.library.opcheck(autograd.policy_loss_op.op, tuple(arguments))
 
 
 NO_EFFECT = [
@@ -445,7 +446,7 @@ def test_options_without_effect_are_refused(options, message, make_batch):
         lambda: dl_norm.policy_loss(*batch.args(), **options),
         lambda: dl_norm.reference.policy_loss(*batch.args(), **options),
         lambda: dl_norm.DeltaLLoss(max_length=8, **options),
-        lambda: PolicyLossOptions(**options),
+        lambda: make_token_loss(**options),
     ):
         with pytest.raises(ValueError) as raised:
             call()

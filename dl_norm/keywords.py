@@ -1,0 +1,71 @@
+"""The keywords of the losses, for type checkers.
+
+The one explicit signature is that of :func:`dl_norm.policy_loss`; a test holds these equal to it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+from torch import Tensor
+
+from .surrogates import Surrogate
+
+Impl = Literal["triton", "torch"]
+RatioLevel = Literal["token", "sequence", "sequence_token"]
+SurrogateName = Literal["clip", "cispo", "sapo"]
+
+
+class TokenLossOptions(TypedDict, total=False):
+    """The options that are no tensors."""
+
+    eps_low: float
+    eps_high: float
+    dual_clip: float | None
+    delta: float | None
+    log_ratio_clamp: float | None
+    beta: float
+    ratio_level: RatioLevel
+    surrogate: SurrogateName | Surrogate
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    bias_corrected_kl: bool
+
+
+class TensorOptions(TypedDict, total=False):
+    """The options that are."""
+
+    cu_seqlens: Tensor | None
+    ref_log_probs: Tensor | None
+    rollout_weights: Tensor | None
+    entropy_mask: Tensor | None
+    sequence_mask: Tensor | None
+
+
+class LossOptions(TokenLossOptions, TensorOptions, total=False):
+    """All of them."""
+
+
+class CallOptions(LossOptions, total=False):
+    """And which implementation computes the loss."""
+
+    impl: Impl | None
+
+
+class LogitsOptions(CallOptions, total=False):
+    """And those of the loss over logits."""
+
+    temperature: float
+    in_place: bool
+
+
+class LinearOptions(CallOptions, total=False):
+    """And those of the loss over hidden states."""
+
+    bias: Tensor | None
+    temperature: float
+    logit_softcap: float | None
+    chunk_size: int | None
+    fp32_logits: bool
+    max_tokens: int | None
+    compact: bool

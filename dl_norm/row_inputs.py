@@ -1,0 +1,150 @@
+"""What the losses over rows check and make of their arguments, and what they return."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .call import make_call
+from .checks import (
+    LOG_PROB_DTYPES,
+    check_flag,
+    check_mask,
+    check_number,
+    check_tensor,
+    values_are_free,
+)
+from .metrics import PolicyLossMetrics
+from .token_rows import RowSettings, TokenRows, make_rows
+
+
+@dataclass(frozen=True)
+class PolicyLossOutputs:
+    """What the loss over logits or hidden states has seen on its way. All detached.
+
+    - log_probs: float32, of the shape of ``token_ids``; 0 where mask == 0.
+    - entropy: the same, of softmax(logits / temperature), in nats; None unless asked for.
+    - metrics: None unless asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    metrics: PolicyLossMetrics | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of :class:`PolicyLossOutputs` the caller asks for."""
+
+    entropy: bool
+    return_log_probs: bool
+    return_metrics: bool
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            check_flag(value, name)
+
+    @property
+    def anything(self) -> bool:
+        return self.entropy or self.return_log_probs or self.return_metrics
+
+    def outputs(
+        self, results: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size, weights: Tensor
+    ) -> Tensor | tuple[Tensor, PolicyLossOutputs]:
+        """What the public function returns, of the results of its autograd Function."""
+        loss, log_probs, entropy, sums = results
+        if not self.anything:
+            return loss
+        return loss, PolicyLossOutputs(
+            log_probs.view(shape),
+            entropy.view(shape) if self.entropy else None,
+            PolicyLossMetrics.from_sums(sums, weights) if self.return_metrics else None,
+        )
+
+
+def make_row_call(
+    name: str,
+    logits_or_hidden: Tensor,
+    token_ids: Tensor,
+    constants: tuple[Tensor | None, Tensor, Tensor | None, Tensor],
+    options: dict,
+    settings: RowSettings,
+    *,
+    vocabulary: int,
+    wanted: Wanted,
+) -> tuple[RowSettings, TokenRows]:
+    """Checks the tensors that have one entry a token or a sequence, and makes rows of them.
+
+    ``constants``: the second to fifth argument of :func:`dl_norm.policy_loss`.
+    """
+    like_log_probs = logits_or_hidden.detach()[..., 0]
+    batch, terms = make_call(like_log_probs, *constants, options, metrics=wanted.return_metrics)
+    if terms.ratio_level != "token":
+        raise ValueError(
+            f"{name} has ratio_level='token' alone, got {terms.ratio_level!r}: the ratio of a "
+            "sequence needs all its log-probs before the first gradient. Compute log-probs with a "
+            "gradient and pass them to policy_loss"
+        )
+    check_token_ids(token_ids, batch.mask, like_log_probs, vocabulary)
+    nothing_else = not wanted.anything and batch.ref_log_probs is None
+    rows = make_rows(batch, token_ids, nothing_else and terms.kind.scales_with_advantage)
+    return replace(settings, terms=terms), rows
+
+
+def row_settings(temperature: float, softcap: float | None, wanted: Wanted) -> RowSettings:
+    """Settings of a pass that computes log-probs alone, until it has the terms of a loss."""
+    temperature = check_number(temperature, "temperature", "temperature > 0", lambda v: v > 0)
+    if softcap is not None:
+        rule = "logit_softcap > 0 (or None)"
+        softcap = check_number(softcap, "logit_softcap", rule, lambda v: v > 0)
+    return RowSettings(temperature, softcap, metrics=wanted.return_metrics, entropy=wanted.entropy)
+
+
+def check_logits(name: str, tensor: Tensor, size: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if is_dtensor(tensor):
+        raise ValueError(f"{name} is a DTensor: pass the tokens of this rank, {name}.to_local()")
+    if tensor.dtype not in LOG_PROB_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16 or float16; got {tensor.dtype}: use .float()"
+        )
+    if tensor.ndim not in (2, 3) or tensor.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must be (B, T, {size}), or packed (N, {size}), with {size} > 0; got "
+            f"{tuple(tensor.shape)}"
+        )
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # an import of DTensor would cost everyone
+
+
+def check_token_ids(token_ids: Tensor, mask: Tensor | None, like: Tensor, vocabulary: int) -> None:
+    """``like``: a tensor of the shape and on the device that both must have.
+
+    On a GPU an id outside the vocabulary makes the loss NaN instead of raising.
+    """
+    if isinstance(token_ids, Tensor) and token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token_ids must be int64 or int32, got {token_ids.dtype}")
+    check_tensor("token_ids", token_ids, (torch.int64, torch.int32))
+    for name, tensor in (("token_ids", token_ids), ("mask", mask)):
+        if tensor is None:
+            continue
+        if isinstance(tensor, Tensor) and tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}, not on {like.device}: move it there")
+        if name == "mask":
+            check_mask(name, tensor, like)
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")
+    if values_are_free(token_ids):
+        outside = (token_ids < 0) | (token_ids >= vocabulary)
+        if mask is not None:
+            outside &= mask != 0
+        if bool(outside.any()):
+            raise ValueError(
+                f"token_ids must be in [0, V = {vocabulary}) where mask != 0, got "
+                f"{int(token_ids[outside][0])}"
+            )
