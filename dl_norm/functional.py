@@ -13,7 +13,7 @@ from .call import make_call
 from .checks import LOG_PROB_DTYPES, check_cu_seqlens, check_flag, check_mask, check_tensor
 from .device import implementation_for
 from .group_sums import Group
-from .keywords import Impl, CallOptions, RatioLevel, SurrogateName
+from .keywords import CallOptions, Impl, RatioLevel, SurrogateName
 from .metrics import PolicyLossMetrics
 from .surrogates import Surrogate
 from .weights import sequence_lengths, sequence_weights
@@ -146,9 +146,9 @@ def policy_loss(
     """
     check_flag(return_metrics, "return_metrics")
     batch, terms = make_call(
-        log_probs, old_log_probs, advantages, mask, weights,
         dict(
-            cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
+            log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
+            weights=weights, cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
             delta=delta, log_ratio_clamp=log_ratio_clamp, ref_log_probs=ref_log_probs, beta=beta,
             rollout_weights=rollout_weights, ratio_level=ratio_level, surrogate=surrogate,
             sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,

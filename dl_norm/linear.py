@@ -129,8 +129,11 @@ def linear_policy_loss(
     check_head(hidden, lm_head_weight, bias)
     wanted = Wanted(entropy, return_log_probs, return_metrics)
     settings, rows = make_row_call(
-        "linear_policy_loss", hidden, token_ids, (old_log_probs, advantages, mask, weights),
-        dict(options), row_settings(temperature, logit_softcap, wanted),
+        "linear_policy_loss", hidden, token_ids,
+        dict(
+            options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
+        ),
+        row_settings(temperature, logit_softcap, wanted),
         vocabulary=lm_head_weight.shape[0], wanted=wanted,
     )  # fmt: skip
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)

@@ -109,8 +109,11 @@ def logits_policy_loss(
     check_flag(in_place, "in_place")
     wanted = Wanted(entropy, return_log_probs, return_metrics)
     settings, rows = make_row_call(
-        "logits_policy_loss", logits, token_ids, (old_log_probs, advantages, mask, weights),
-        dict(options), row_settings(temperature, None, wanted), vocabulary=logits.shape[-1],
+        "logits_policy_loss", logits, token_ids,
+        dict(
+            options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
+        ),
+        row_settings(temperature, None, wanted), vocabulary=logits.shape[-1],
         wanted=wanted,
     )  # fmt: skip
     write_grad = torch.is_grad_enabled() and logits.requires_grad

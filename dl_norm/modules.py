@@ -46,19 +46,15 @@ class DeltaLLoss(torch.nn.Module):
         )  # fmt: skip
 
     def forward(
-        self,
-        log_probs: Tensor,
-        old_log_probs: Tensor | None,
-        advantages: Tensor,
-        mask: Tensor | None,
-        **tensors: Unpack[TensorOptions],
+        self, *tensors: Tensor | None, **others: Unpack[TensorOptions]
     ) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
+        """As :func:`dl_norm.delta_l_loss`: log_probs, old_log_probs, advantages, mask, ..."""
         if torch.compiler.is_exporting():
             raise RuntimeError(
                 "DeltaLLoss cannot be exported: its gradient is made by its own kernels in the "
                 "forward pass. Export the model, and compute the loss outside of it"
             )
-        return delta_l_loss(log_probs, old_log_probs, advantages, mask, **tensors, **self.settings)
+        return delta_l_loss(*tensors, **others, **self.settings)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())

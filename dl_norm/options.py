@@ -12,7 +12,6 @@ from .checks import check_choice, check_flag, check_number
 from .surrogates import KINDS, SURROGATES, Surrogate
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
-GENERAL = ("ratio_level", "log_ratio_clamp", "beta", "bias_corrected_kl")
 # The options of each surrogate, and what they are unless given.
 FIELDS = {
     name: {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore
@@ -34,6 +33,9 @@ class TokenLoss(NamedTuple):
     @property
     def kind(self) -> type[Surrogate]:
         return KINDS[self.surrogate]
+
+
+GENERAL = TokenLoss._fields[2:]  # the options that are of no surrogate
 
 
 def make_token_loss(

@@ -60,10 +60,11 @@ def policy_loss(
     Same arguments except ``impl``, and float64 log-probs are taken too. Arithmetic in float64 if
     ``log_probs`` is float64, else in float32; the result has that dtype.
     """
-    batch, terms = make_call(
-        log_probs, old_log_probs, advantages, mask, weights, options, metrics=return_metrics,
-        dtypes=REAL_DTYPES,
+    options |= dict(
+        log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
+        weights=weights,
     )  # fmt: skip
+    batch, terms = make_call(options, metrics=return_metrics, dtypes=REAL_DTYPES)
     surrogate = surrogate_of(token_options(options))
     dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
     counted = batch.counted()

@@ -68,8 +68,7 @@ def make_row_call(
     name: str,
     logits_or_hidden: Tensor,
     token_ids: Tensor,
-    constants: tuple[Tensor | None, Tensor, Tensor | None, Tensor],
-    options: dict,
+    arguments: dict,
     settings: RowSettings,
     *,
     vocabulary: int,
@@ -77,10 +76,12 @@ def make_row_call(
 ) -> tuple[RowSettings, TokenRows]:
     """Checks the tensors that have one entry a token or a sequence, and makes rows of them.
 
-    ``constants``: the second to fifth argument of :func:`dl_norm.policy_loss`.
+    ``arguments``: those of :func:`dl_norm.policy_loss` but the log-probs.
     """
     like_log_probs = logits_or_hidden.detach()[..., 0]
-    batch, terms = make_call(like_log_probs, *constants, options, metrics=wanted.return_metrics)
+    batch, terms = make_call(
+        {**arguments, "log_probs": like_log_probs}, metrics=wanted.return_metrics
+    )
     if terms.ratio_level != "token":
         raise ValueError(
             f"{name} has ratio_level='token' alone, got {terms.ratio_level!r}: the ratio of a "
