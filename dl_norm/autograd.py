@@ -22,7 +22,12 @@ PolicyMasks = tuple[Tensor | None, Tensor | None]
 def _launch(*args) -> tuple[Tensor, Tensor, Tensor]:
     from . import launch  # needs Triton, which the "torch" implementation does not
 
-    return launch.policy_loss_fwd(*args)
+    from .batch import batch_of
+    from .surrogates import token_loss_of
+
+    *tensors, options, write_grad, metrics, entropy_mask, sequence_mask = args
+    batch = batch_of(*tensors, entropy_mask, sequence_mask)
+    return launch.policy_loss_fwd(batch, token_loss_of(options), write_grad, metrics)
 
 
 @torch.library.custom_op("dl_norm::policy_loss_fwd", mutates_args=())

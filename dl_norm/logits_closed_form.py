@@ -172,11 +172,11 @@ def _block_pass(
         return None if values is None else values[:, None]
 
     # Rollout weight 0 also says that there is no policy term, whatever its factors are.
-    kept = None if rows.rollout_weights is None else rows.rollout_weights != 0
+    kept = None if rows.policy_weights is None else rows.policy_weights != 0
     # Every row as a sequence of one token.
     loss, token_grad, sums = closed_form.policy_loss_fwd(
         log_probs[:, None], column(rows.old_log_probs), rows.advantages, None, rows.weights, None,
-        column(rows.ref_log_probs), rows.rollout_weights, settings.options, grad is not None,
+        column(rows.ref_log_probs), rows.policy_weights, settings.options, grad is not None,
         settings.metrics, column(kept),
     )  # fmt: skip
     first = where.start if isinstance(where, slice) else where[0]

@@ -25,7 +25,7 @@ class TokenRows:
     weights: Tensor | None = None
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
-    rollout_weights: Tensor | None = None
+    policy_weights: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -114,7 +114,7 @@ def policy_loss_rows(
         weights=torch.where(counted, weights, 0.0),
         old_log_probs=flat(old_log_probs),
         ref_log_probs=flat(ref_log_probs),
-        rollout_weights=rollout_weights,
+        policy_weights=rollout_weights,
     )
 
 
