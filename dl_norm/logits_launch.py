@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor
 
 from .device import target
 from .kernels.logits_policy_loss import logits_policy_loss_kernel
-from .kernels.policy_loss import policy_loss_reduce_kernel
-from .launch import Old
-from .options import make_token_loss
+from .launch import contiguous
+from .launch import reduce_partials as launch_reduce
 from .token_rows import RowOutputs, RowSettings, TokenRows
 
 
@@ -65,59 +65,26 @@ def logits_pass(
     # Left alone, ptxas fits some kernels into 32 registers: a second program on a multiprocessor
     # then drives the first one's row out of the cache, and some registers into memory.
     limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
-    options = Old(settings.terms or make_token_loss())
-    # Kernels take a pointer for every tensor; what a flag leaves unread may point anywhere.
-    unread = outputs.log_probs
+    terms = settings.terms
 
-    def pointer(tensor: Tensor | None) -> Tensor:
-        return unread if tensor is None else tensor
+    def ready(values: Tensor | None) -> Tensor | None:
+        return contiguous(values, rows.count)
 
     with torch.accelerator.device_index(logits.device.index):
         logits_policy_loss_kernel[(programs,)](
-            base,
-            rows.token_ids,
-            rows.active,
-            pointer(rows.old_log_probs),
-            pointer(rows.ref_log_probs),
-            pointer(rows.advantages),
-            pointer(rows.weights),
-            pointer(rows.policy_weights),
-            pointer(grad),
-            outputs.log_probs,
-            pointer(outputs.entropy),
-            outputs.partials,
-            offset,
-            first_row,
-            rows.count,
-            row_length,
-            vocabulary,
-            strides[0],
-            strides[1],
-            1.0 / settings.temperature,
-            1.0 if settings.softcap is None else settings.softcap,
-            options.positive_high,
-            options.negative_low,
-            options.negative_high,
-            options.sapo_temperature_pos,
-            options.sapo_temperature_neg,
-            options.log_ratio_bound,
-            options.beta,
-            HAS_LOSS=settings.terms is not None,
-            HAS_OLD=rows.old_log_probs is not None,
-            HAS_REF=rows.ref_log_probs is not None,
-            HAS_ROLLOUT=rows.policy_weights is not None,
-            HAS_SOFTCAP=settings.softcap is not None,
-            CISPO=options.surrogate == "cispo",
-            SAPO=options.surrogate == "sapo",
-            BIAS_CORRECTED_KL=options.bias_corrected_kl,
-            WRITE_GRAD=grad is not None,
-            WRITE_ENTROPY=settings.entropy,
+            base, ready(rows.token_ids), ready(rows.active), ready(rows.old_log_probs),
+            ready(rows.ref_log_probs), ready(rows.advantages), ready(rows.weights),
+            ready(rows.policy_weights), grad, outputs.log_probs, outputs.entropy,
+            outputs.partials, offset, first_row, rows.count, row_length, vocabulary,
+            strides[0], strides[1], 1.0 / settings.temperature, settings.softcap,
+            None if terms is None else (terms.kind.device(), terms.settings),
+            math.inf if terms is None else terms.log_ratio_clamp,
+            0.0 if terms is None else terms.beta,
+            BIAS_CORRECTED_KL=terms is not None and terms.bias_corrected_kl,
             METRICS=settings.metrics,
-            GROUPS=config.groups,
-            VECTOR=config.vector,
-            num_warps=config.num_warps,
-            **limit,
-        )
+            NUM_EXTRAS=0 if terms is None else terms.kind.num_extras,
+            GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps, **limit,
+        )  # fmt: skip
 
 
 def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,9 +95,7 @@ def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     if rows == 0:
         return loss.zero_(), sums.zero_()
     with torch.accelerator.device_index(partials.device.index):
-        policy_loss_reduce_kernel[(num_sums,)](
-            partials, loss, sums, rows, NUM_SUMS=num_sums, BLOCK=4096, num_warps=8
-        )
+        launch_reduce(partials, loss, sums)
     return loss, sums
 
 

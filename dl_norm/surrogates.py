@@ -42,6 +42,8 @@ class Surrogate:
     kind: ClassVar[str]
     # Whether the derivative through the ratio depends on more of a token than its advantage.
     uses_log_prob: ClassVar[bool] = True
+    # How many further values per token the closed form and the device function return.
+    num_extras: ClassVar[int] = 0
     # Whether loss and derivatives are 0 where the advantage is: such tokens may be left out.
     scales_with_advantage: ClassVar[bool] = False
 

@@ -8,7 +8,7 @@ logit / temperature, after an optional soft cap.
 import triton
 import triton.language as tl
 
-from .token_loss import clamped_ratio, token_kl, token_surrogate
+from .surrogates import NUM_METRICS, clamped_ratio, policy_term, token_kl, token_metrics
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -17,9 +17,9 @@ LOWEST = tl.constexpr(-3.4028234e38)
 
 
 @triton.jit
-def _soft_cap(logits, softcap, HAS_SOFTCAP: tl.constexpr):
-    """softcap * tanh(logits / softcap)"""
-    if HAS_SOFTCAP:
+def _soft_cap(logits, softcap):
+    """softcap * tanh(logits / softcap), or the logits without a soft cap"""
+    if softcap is not None:
         exp = tl.exp(tl.abs(logits) * (-2.0 / softcap))
         capped = softcap * (1.0 - exp) / (1.0 + exp)
         logits = tl.where(logits < 0, -capped, capped)
@@ -27,14 +27,12 @@ def _soft_cap(logits, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _logit_grad(
-    logits, column, token_id, maximum, log2_sum, grad, to_log2, softcap, HAS_SOFTCAP: tl.constexpr
-):
+def _logit_grad(logits, column, token_id, maximum, log2_sum, grad, to_log2, softcap):
     """grad * (onehot - softmax), grad being the derivative of the loss by z of the token."""
-    capped = _soft_cap(logits, softcap, HAS_SOFTCAP)
+    capped = _soft_cap(logits, softcap)
     probability = tl.exp2((capped - maximum) * to_log2 - log2_sum)
     out = grad * (tl.where(column == token_id, 1.0, 0.0) - probability)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         tanh = capped * (1.0 / softcap)
         out *= 1.0 - tanh * tanh
     return out
@@ -47,7 +45,7 @@ def _logit_grad(
     do_not_specialize=["offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
     do_not_specialize_on_alignment=[
         "TOKEN_IDS", "ACTIVE", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "WEIGHTS",
-        "ROLLOUT_WEIGHTS", "LOG_PROBS", "ENTROPY", "PARTIALS",
+        "POLICY_WEIGHTS", "LOG_PROBS", "ENTROPY", "PARTIALS",
     ],
 )  # fmt: skip
 def logits_policy_loss_kernel(
@@ -58,7 +56,7 @@ def logits_policy_loss_kernel(
     REF_LOG_PROBS,
     ADVANTAGES,
     WEIGHTS,
-    ROLLOUT_WEIGHTS,
+    POLICY_WEIGHTS,
     GRAD,
     LOG_PROBS,
     ENTROPY,
@@ -71,25 +69,13 @@ def logits_policy_loss_kernel(
     stride_lb: tl.int64,
     stride_lt: tl.int64,
     inverse_temperature: tl.float32,
-    softcap: tl.float32,
-    positive_high: tl.float32,
-    negative_low: tl.float32,
-    negative_high: tl.float32,
-    sapo_temperature_pos: tl.float32,
-    sapo_temperature_neg: tl.float32,
+    softcap,
+    surrogate,
     log_ratio_clamp: tl.float32,
     beta: tl.float32,
-    HAS_LOSS: tl.constexpr,
-    HAS_OLD: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ROLLOUT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    CISPO: tl.constexpr,
-    SAPO: tl.constexpr,
     BIAS_CORRECTED_KL: tl.constexpr,
-    WRITE_GRAD: tl.constexpr,
-    WRITE_ENTROPY: tl.constexpr,
     METRICS: tl.constexpr,
+    NUM_EXTRAS: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -97,13 +83,14 @@ def logits_policy_loss_kernel(
     program_id`` of the N = ``rows`` tokens of the other tensors. GRAD is (R, V) and contiguous, its
     rows as far from a 16-byte boundary as those of LOGITS, and may be LOGITS.
 
-    PARTIALS is (10 or 1, N) in the order of policy_loss_fwd_kernel, one column a token. Without
-    HAS_LOSS only the log-prob and the entropy are written.
+    PARTIALS is (1 or 10 + NUM_EXTRAS, N) in the order of policy_loss_fwd_kernel, one column a
+    token. What is absent is None; without a surrogate only the log-prob and the entropy are
+    written.
     """
     pid = tl.program_id(0).to(tl.int64)
     n = first_row + pid
     BLOCK: tl.constexpr = GROUPS * VECTOR
-    KEEP: tl.constexpr = "evict_last" if WRITE_GRAD else "evict_first"
+    KEEP: tl.constexpr = "evict_last" if GRAD is not None else "evict_first"
     lane = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
     # A row starts anywhere when V is odd. Its interior [first, first + interior) is whole 16-byte
@@ -117,21 +104,7 @@ def logits_policy_loss_kernel(
     side = tl.arange(0, 2 * VECTOR)
     edge = tl.where(side < VECTOR, row_start + side, first + interior + side - VECTOR)
     in_edge = (edge < row_end) & ((side >= VECTOR) | (edge < first))
-    # Where the same logits lie in GRAD.
-    grad_shift = (pid * V - row_start) // VECTOR * VECTOR
-    GRAD_INTERIOR = GRAD + (first + grad_shift)
 
-    loss = 0.0
-    log_prob = 0.0
-    entropy = 0.0
-    tokens = 0.0
-    clipped_low = 0.0
-    clipped_high = 0.0
-    clipped_dual = 0.0
-    ratio = 0.0
-    k1 = 0.0
-    k3 = 0.0
-    kl = 0.0
     grad = 0.0
     maximum = 0.0
     log2_sum = 0.0
@@ -145,7 +118,7 @@ def logits_policy_loss_kernel(
             mask=(token_id >= 0) & (token_id < V),
             other=float("nan"),
         ).to(tl.float32)
-        token_logit = _soft_cap(token_logit, softcap, HAS_SOFTCAP)
+        token_logit = _soft_cap(token_logit, softcap)
 
         # Each thread keeps the maximum and the sum of its own vectors: no exchange in the loop.
         group_max = tl.full([GROUPS], LOWEST, tl.float32)
@@ -160,15 +133,15 @@ def logits_policy_loss_kernel(
                 other=float("-inf"),
                 eviction_policy=KEEP,
             ).to(tl.float32)
-            if HAS_SOFTCAP:
-                capped = _soft_cap(logits, softcap, HAS_SOFTCAP)
+            if softcap is not None:
+                capped = _soft_cap(logits, softcap)
                 logits = tl.where(in_bounds, capped, float("-inf"))
             new_max = tl.maximum(group_max, tl.max(logits, axis=1))
             shift = (group_max - new_max) * to_log2
             shrink = tl.exp2(shift)
             exponent = (logits - new_max[:, None]) * to_log2
             exp = tl.exp2(exponent)
-            if WRITE_ENTROPY:
+            if ENTROPY is not None:
                 # exp is 0 where the exponent is -inf, as is shrink where shift is: no 0 * -inf.
                 dot = tl.sum(exp * tl.where(exp > 0, exponent, 0.0), axis=1)
                 group_dot = (group_dot + group_sum * tl.where(shrink > 0, shift, 0.0)) * shrink
@@ -176,8 +149,8 @@ def logits_policy_loss_kernel(
             group_sum = group_sum * shrink + tl.sum(exp, axis=1)
             group_max = new_max
         edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            capped = _soft_cap(edge_logits, softcap, HAS_SOFTCAP)
+        if softcap is not None:
+            capped = _soft_cap(edge_logits, softcap)
             edge_logits = tl.where(in_edge, capped, float("-inf"))
 
         maximum = tl.maximum(tl.max(group_max, axis=0), tl.max(edge_logits, axis=0))
@@ -189,31 +162,33 @@ def logits_policy_loss_kernel(
         log2_sum = tl.log2(total)
         # The largest logit adds exactly 1 to the total, so no log-prob is above 0.
         log_prob = ((token_logit - maximum) * to_log2 - log2_sum) * LN_2
-        if WRITE_ENTROPY:
+        if ENTROPY is not None:
             dot = (group_dot + group_sum * tl.where(shrink > 0, shift, 0.0)) * shrink
             edge_dot = edge_exp * tl.where(edge_exp > 0, edge_exponent, 0.0)
             mean = (tl.sum(dot, axis=0) + tl.sum(edge_dot, axis=0)) / total
             entropy = (log2_sum - mean) * LN_2
 
-        if HAS_LOSS:
+        tl.store(LOG_PROBS + n, log_prob)
+        if ENTROPY is not None:
+            tl.store(ENTROPY + n, entropy)
+        if surrogate is not None:
             advantage = tl.load(ADVANTAGES + n)
-            weight = tl.load(WEIGHTS + n)
-            old_log_prob = 0.0
-            if HAS_OLD:
-                old_log_prob = tl.load(OLD_LOG_PROBS + n).to(tl.float32)
-            log_ratio, ratio, outside = clamped_ratio(
-                log_prob - old_log_prob, log_ratio_clamp, HAS_OLD
+            if OLD_LOG_PROBS is not None:
+                raw = log_prob - tl.load(OLD_LOG_PROBS + n).to(tl.float32)
+                log_ratio, ratio, outside = clamped_ratio(raw, log_ratio_clamp)
+            else:
+                log_ratio = tl.zeros_like(log_prob)
+                ratio = log_ratio + 1.0
+                outside = ratio < 0.0
+            policy_weight = None
+            if POLICY_WEIGHTS is not None:
+                policy_weight = tl.load(POLICY_WEIGHTS + n).to(tl.float32)
+            loss, through_ratio, past_ratio, below, above, extras = policy_term(
+                surrogate, log_prob, ratio, outside, advantage, policy_weight
             )
-            loss, grad, below, above = token_surrogate(
-                log_prob, ratio, outside, advantage, positive_high, negative_low, negative_high,
-                sapo_temperature_pos, sapo_temperature_neg, CISPO, SAPO,
-            )  # fmt: skip
-            if HAS_ROLLOUT:
-                # Not 0 * inf where a token has no policy term.
-                rollout = tl.load(ROLLOUT_WEIGHTS + n)
-                loss = tl.where(rollout != 0, rollout * loss, 0.0)
-                grad = tl.where(rollout != 0, rollout * grad, 0.0)
-            if HAS_REF:
+            grad = through_ratio + past_ratio
+            kl = tl.zeros_like(log_prob)
+            if REF_LOG_PROBS is not None:
                 kl, kl_grad = token_kl(log_prob, tl.load(REF_LOG_PROBS + n).to(tl.float32))
                 if BIAS_CORRECTED_KL:
                     kl *= ratio
@@ -221,24 +196,30 @@ def logits_policy_loss_kernel(
                 # Not 0 * inf where the reference is read for its metric alone.
                 loss += tl.where(beta > 0, beta * kl, 0.0)
                 grad += tl.where(beta > 0, beta * kl_grad, 0.0)
-            loss *= weight
+            # What does not depend on the log-prob does not know that it is NaN.
+            in_vocabulary = (token_id >= 0) & (token_id < V)
+            weight = tl.where(in_vocabulary, tl.load(WEIGHTS + n), float("nan"))
             grad *= weight * inverse_temperature
+            tl.store(PARTIALS + n, loss * weight)
             if METRICS:
-                tokens = 1.0
-                clipped_low = (below & (advantage != 0)).to(tl.float32)
-                clipped_high = (above & (advantage > 0)).to(tl.float32)
-                clipped_dual = (above & (advantage < 0)).to(tl.float32)
-                k1 = -log_ratio
-                k3 = ratio - 1.0 - log_ratio
+                counted = tl.full([], True, tl.int1)
+                metrics = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)
+                for k in tl.static_range(NUM_METRICS):
+                    tl.store(PARTIALS + (1 + k) * rows + n, metrics[k].to(tl.float32))
+                for k in tl.static_range(NUM_EXTRAS):
+                    tl.store(PARTIALS + (1 + NUM_METRICS + k) * rows + n, extras[k])
 
-    if WRITE_GRAD:
+    if GRAD is not None:
+        # Where the same logits lie in GRAD.
+        grad_shift = (pid * V - row_start) // VECTOR * VECTOR
+        GRAD_INTERIOR = GRAD + (first + grad_shift)
         # In place the stores must not overtake another thread's loads of the first pass.
         tl.debug_barrier()
         if grad != 0:
             edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=0.0).to(tl.float32)
             edge_grad = _logit_grad(
                 edge_logits, edge - row_start, token_id, maximum, log2_sum, grad, to_log2,
-                softcap, HAS_SOFTCAP,
+                softcap,
             )  # fmt: skip
             tl.debug_barrier()
             tl.store(GRAD + edge + grad_shift, edge_grad.to(GRAD.dtype.element_ty), mask=in_edge)
@@ -256,7 +237,7 @@ def logits_policy_loss_kernel(
                 ).to(tl.float32)
                 logit_grad = _logit_grad(
                     logits, start + lane, token_lane, maximum, log2_sum, grad, to_log2,
-                    softcap, HAS_SOFTCAP,
+                    softcap,
                 )  # fmt: skip
                 tl.store(
                     GRAD_INTERIOR + start + lane,
@@ -270,19 +251,3 @@ def logits_policy_loss_kernel(
             tl.store(GRAD + edge + grad_shift, edge_zeros, mask=in_edge)
             for start in range(0, interior, BLOCK):
                 tl.store(GRAD_INTERIOR + start + lane, zeros, mask=start + lane < interior)
-
-    tl.store(LOG_PROBS + n, log_prob)
-    if WRITE_ENTROPY:
-        tl.store(ENTROPY + n, entropy)
-    if HAS_LOSS:
-        tl.store(PARTIALS + n, loss)
-    if METRICS:
-        tl.store(PARTIALS + 1 * rows + n, tokens)
-        tl.store(PARTIALS + 2 * rows + n, clipped_low)
-        tl.store(PARTIALS + 3 * rows + n, clipped_high)
-        tl.store(PARTIALS + 4 * rows + n, clipped_dual)
-        tl.store(PARTIALS + 5 * rows + n, ratio)
-        tl.store(PARTIALS + 6 * rows + n, k1)
-        tl.store(PARTIALS + 7 * rows + n, k3)
-        tl.store(PARTIALS + 8 * rows + n, kl)
-        tl.store(PARTIALS + 9 * rows + n, ratio)

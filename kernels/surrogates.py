@@ -1,0 +1,106 @@
+"""The token losses on the device, and what every kernel does around them.
+
+A token loss is a function of one token's log-prob, ratio and advantage, and of its settings. It
+returns the loss, its derivative by the log of the ratio, its derivative by the log-prob past the
+ratio, and whether the ratio was clipped at its low and at its high end; a token loss of a user may
+return further values, which are summed over the tokens. All have the shape of the ratio: a scalar
+or a block. Its host side, of the same name, is in dl_norm/surrogates.py.
+"""
+
+import triton
+import triton.language as tl
+
+# Of token_metrics. Rows of PARTIALS are the loss, these, and the further values of a token loss.
+NUM_METRICS = tl.constexpr(9)
+
+
+@triton.jit
+def clip(log_prob, ratio, advantage, positive_high, negative_low, negative_high):
+    """-A clip(r). min, clip, dual clip and the two-sided bound only ever clamp the ratio, to
+    [0, positive_high] where A >= 0 and to [negative_low, negative_high] where A < 0. A bound
+    belongs to the branch that has a gradient."""
+    negative = advantage < 0
+    low = tl.where(negative, negative_low, 0.0)
+    high = tl.where(negative, negative_high, positive_high)
+    below = ratio < low
+    above = ratio > high
+    loss = -advantage * tl.where(below, low, tl.where(above, high, ratio))
+    # d(-A r)/d log r = -A r: where no bound is hit the derivative is the loss itself.
+    through_ratio = tl.where(below | above, 0.0, loss)
+    return loss, through_ratio, tl.zeros_like(loss), below, above
+
+
+@triton.jit
+def cispo(log_prob, ratio, advantage, low, high):
+    """-A clip(r) log_prob, where the clipped ratio is a constant; one clip for both signs of A."""
+    below = ratio < low
+    above = ratio > high
+    past_ratio = -advantage * tl.where(below, low, tl.where(above, high, ratio))
+    loss = past_ratio * log_prob
+    return loss, tl.zeros_like(loss), past_ratio, below, above
+
+
+@triton.jit
+def sapo(log_prob, ratio, advantage, temperature_pos, temperature_neg):
+    """-A 4 / temperature * sigmoid(temperature (r - 1)), with no clip."""
+    temperature = tl.where(advantage > 0, temperature_pos, temperature_neg)
+    logit = temperature * (ratio - 1.0)
+    # exp of what is not positive: no overflow, and no cancellation in 1 - sigmoid.
+    exp = tl.exp(-tl.abs(logit))
+    larger = 1.0 / (1.0 + exp)
+    smaller = exp * larger
+    loss = -advantage * tl.where(logit < 0, smaller, larger) * (4.0 / temperature)
+    through_ratio = -advantage * (4.0 * larger * smaller) * ratio
+    never = ratio < 0.0
+    return loss, through_ratio, tl.zeros_like(loss), never, never
+
+
+@triton.jit
+def clamped_ratio(raw, log_ratio_clamp):
+    """exp of the log-ratio clamped to +-log_ratio_clamp; NaN passes through.
+
+    Returns clamped log-ratio, ratio, outside (of the clamp: no derivative).
+    """
+    log_ratio = tl.clamp(raw, -log_ratio_clamp, log_ratio_clamp, tl.PropagateNan.ALL)
+    return log_ratio, tl.exp(log_ratio), tl.abs(raw) > log_ratio_clamp
+
+
+@triton.jit
+def policy_term(surrogate, log_prob, ratio, outside, advantage, policy_weight):
+    """What the surrogate, (function, settings), returns, outside the clamp without a derivative
+    through the ratio, times the token's policy weight or None. Weight 0 drops the term, whatever
+    its factors are: not 0 * inf."""
+    term = surrogate[0](log_prob, ratio, advantage, *surrogate[1])
+    loss, through_ratio, past_ratio = term[0], tl.where(outside, 0.0, term[1]), term[2]
+    if policy_weight is not None:
+        kept = policy_weight != 0
+        loss = tl.where(kept, policy_weight * loss, 0.0)
+        through_ratio = tl.where(kept, policy_weight * through_ratio, 0.0)
+        past_ratio = tl.where(kept, policy_weight * past_ratio, 0.0)
+    return loss, through_ratio, past_ratio, term[3], term[4], term[5:]
+
+
+@triton.jit
+def token_kl(log_prob, ref_log_prob):
+    """k3 estimate of KL(policy || reference), exp(d) - d - 1 with d = ref - log_prob, and its
+    derivative 1 - exp(d) with respect to log_prob."""
+    difference = ref_log_prob - log_prob
+    exp_difference = tl.exp(difference)
+    return exp_difference - difference - 1.0, 1.0 - exp_difference
+
+
+@triton.jit
+def token_metrics(counted, advantage, log_ratio, ratio, below, above, kl):
+    """The addends of a token to PolicyLossMetrics, in the order of its fields; the last is combined
+    by maximum. 0 where the token is not counted."""
+    return (
+        tl.where(counted, 1.0, 0.0),
+        tl.where(counted & below & (advantage != 0), 1.0, 0.0),
+        tl.where(counted & above & (advantage > 0), 1.0, 0.0),
+        tl.where(counted & above & (advantage < 0), 1.0, 0.0),
+        tl.where(counted, ratio, 0.0),
+        tl.where(counted, -log_ratio, 0.0),
+        tl.where(counted, ratio - 1.0 - log_ratio, 0.0),
+        tl.where(counted, kl, 0.0),
+        tl.where(counted, ratio, 0.0),
+    )
