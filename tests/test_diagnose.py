@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+import dl_norm
 from dl_norm import theory
 from dl_norm.__main__ import main
 from dl_norm.diagnose import Columns, RolloutError, Rollouts, diagnose, read_rollouts
@@ -283,6 +284,38 @@ class TestCommand:
     def test_as_a_process(self, path):
         done = run("-m", "dl_norm", "diagnose", path, "--json")
         assert json.loads(done.stdout)["lengths"]["responses"] == 48
+
+
+class TestWithoutTorch:
+    """PyTorch takes seconds to import, and the command needs none of it."""
+
+    @pytest.mark.parametrize("command", [["--version"], ["diagnose", "FILE", "--json"]])
+    def test_command(self, tmp_path, command):
+        path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+        command = [str(path) if word == "FILE" else word for word in command]
+        done = run("-X", "importtime", "-m", "dl_norm", *command)
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert {"dl_norm", "numpy"} <= imported
+        assert not [name for name in imported if name.partition(".")[0] in ("torch", "triton")]
+        if command == ["--version"]:
+            assert done.stdout == f"dl-norm {dl_norm.__version__}\n"
+
+    def test_every_other_import_has_everything(self, tmp_path):
+        """Another program's -m too, and with our name among its arguments; operators are there
+        before the first call, which a loaded torch.export program needs."""
+        code = (
+            "import dl_norm\n"
+            "assert all(hasattr(dl_norm, name) for name in dl_norm.__all__), dl_norm\n"
+            "assert set(dl_norm.__all__) <= set(dir(dl_norm))\n"
+            "import torch; torch.ops.dl_norm.policy_loss_fwd\n"
+            "from dl_norm import *\n"
+            "assert policy_loss is dl_norm.policy_loss; print('whole')"
+        )
+        (tmp_path / "program").mkdir()
+        for name in ("__init__", "__main__"):
+            (tmp_path / "program" / f"{name}.py").write_text(code)
+        done = run("-m", "program", "-m", "dl_norm", PYTHONPATH=f"{tmp_path}:{os.getcwd()}")
+        assert done.stdout == "whole\nwhole\n"
 
 
 def run(*command, **environment):
