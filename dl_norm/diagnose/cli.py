@@ -21,10 +21,9 @@ variance."""
 EPILOG = """\
 FILE is .jsonl, .json, .csv, .tsv, .parquet, .npy ((N,) or (batches, N) lengths), .npz, or a folder
 of files of one format, such as TRL's output_dir/completions or verl's rollout_data_dir; text files
-may be packed (.jsonl.gz). Columns are found by their
-names, see the options; "none" leaves one out. A gradient norm is that of the summed token losses of
-one response; where advantages are known (a column, or reward less the group's mean) it is divided
-by them."""
+may be packed (.jsonl.gz). Columns are found by their names, see the options; "none" leaves one out.
+A gradient norm is that of the summed token losses of one response; where advantages are known (a
+column, or reward less the group's mean) it is divided by them."""
 
 _HELP = {
     "length": "tokens that count",
