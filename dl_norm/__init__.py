@@ -4,19 +4,28 @@ Every loss aggregation is a weight per sequence, known from the lengths before t
 one kernel serves them all and writes the final gradient in the forward pass.
 """
 
-from . import reference
+import sys
+from typing import TYPE_CHECKING
+
 from ._version import __version__
-from .context_parallel import context_parallel_lengths
-from .functional import delta_l_loss, policy_loss
-from .linear import linear_policy_loss
-from .logits import logits_policy_loss
-from .masks import off_policy_sequence_mask
-from .metrics import PolicyLossMetrics
-from .modules import DeltaLLoss
-from .row_inputs import PolicyLossOutputs
-from .scaling import gradient_scale
-from .token_log_probs import token_log_probs
-from .weights import reweight_advantages, sequence_lengths, sequence_weights
+
+# `python -m dl_norm` needs numpy alone, and PyTorch takes seconds to import. While Python looks for
+# the __main__ of a package that -m names, "-m" stands before the arguments in argv, and the name in
+# orig_argv. Any other import has everything.
+_is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
+if TYPE_CHECKING or not _is_command:
+    from . import reference
+    from .context_parallel import context_parallel_lengths
+    from .functional import delta_l_loss, policy_loss
+    from .linear import linear_policy_loss
+    from .logits import logits_policy_loss
+    from .masks import off_policy_sequence_mask
+    from .metrics import PolicyLossMetrics
+    from .modules import DeltaLLoss
+    from .row_inputs import PolicyLossOutputs
+    from .scaling import gradient_scale
+    from .token_log_probs import token_log_probs
+    from .weights import reweight_advantages, sequence_lengths, sequence_weights
 
 __all__ = [
     "DeltaLLoss",

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .checks import check_cu_seqlens, check_number, values_are_free
 from .group_sums import Group, sum_over
-
-METHODS = ("delta_l", "grpo", "dapo", "dr_grpo", "luspo")
+from .theory import METHODS
 
 
 def sequence_weights(

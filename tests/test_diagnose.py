@@ -1,18 +1,22 @@
-"""`python -m dl_norm diagnose`: every file format, what it computes, and its errors."""
+"""`python -m dl_norm diagnose`: what it computes, says and refuses; test_diagnose_files.py has the
+files."""
 
 from __future__ import annotations
 
-import csv
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import dl_norm
 from dl_norm import theory
 from dl_norm.__main__ import main
-from dl_norm.diagnose import Columns, RolloutError, diagnose, read_rollouts
+from dl_norm.diagnose import Columns, RolloutError, Rollouts, diagnose, read_rollouts
+from dl_norm.diagnose.analysis import BETA_RANGE, squared_norms
+from dl_norm.diagnose.values import MAX_LENGTH
 
 ROWS = [
     {"step": b, "prompt_id": f"p{b}{p}", "completion_length": 3 + 7 * b + 2 * p + 5 * k * k,
@@ -24,111 +28,13 @@ LENGTHS = np.array([row["completion_length"] for row in ROWS], dtype=float)
 
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_parquet(path, rows):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def write_npy(path, rows):
-    kinds = [(k, "U8" if isinstance(v, str) else type(v)) for k, v in rows[0].items()]
-    np.save(path, np.array([tuple(row.values()) for row in rows], dtype=kinds))
-
-
-WRITERS = {
-    ".jsonl": write_jsonl, ".csv": write_csv, ".parquet": write_parquet, ".npy": write_npy
-}  # fmt: skip
+    return path
 
 
 @pytest.fixture
 def rollouts(tmp_path):
     write_jsonl(tmp_path / "rollouts.jsonl", ROWS)
     return read_rollouts(tmp_path / "rollouts.jsonl")
-
-
-@pytest.mark.parametrize("suffix", WRITERS)
-def test_formats_hold_the_same(tmp_path, suffix):
-    path = tmp_path / f"rollouts{suffix}"
-    WRITERS[suffix](path, ROWS)
-    found = read_rollouts(path)
-    assert found.lengths.tolist() == LENGTHS.tolist()
-    assert found.batches.tolist() == [row["step"] for row in ROWS]
-    assert found.groups.tolist() == [i // 4 for i in range(len(ROWS))]
-    assert found.norms.tolist() == pytest.approx([row["grad_norm"] for row in ROWS])
-    assert set(np.unique(found.advantages)) == {-0.5, 0.5}  # reward less the group's mean
-    assert found.sources["advantage"] == "reward less the group's mean"
-
-
-def test_bare_lengths(tmp_path):
-    np.save(tmp_path / "flat.npy", LENGTHS.astype(int))
-    np.save(tmp_path / "batches.npy", LENGTHS.astype(int).reshape(3, -1))
-    (tmp_path / "numbers.jsonl").write_text("\n".join(map(str, LENGTHS.astype(int))))
-    for name in ("flat.npy", "batches.npy", "numbers.jsonl"):
-        assert read_rollouts(tmp_path / name).lengths.tolist() == LENGTHS.tolist()
-    assert (
-        read_rollouts(tmp_path / "batches.npy").batches.tolist() == np.repeat(range(3), 16).tolist()
-    )
-
-
-def test_named_columns_and_tokens(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [{"n": 4, "ids": [1, 2], "step": 0}, {"n": 6, "ids": [3]}])
-    found = read_rollouts(tmp_path / "a.jsonl", Columns(length="n", batch="none"))
-    assert found.lengths.tolist() == [4, 6]
-    assert found.batches is None
-    assert read_rollouts(tmp_path / "a.jsonl", Columns(tokens="ids")).lengths.tolist() == [2, 1]
-
-
-class TestTrlLog:
-    """The folder that TRL 1.16 writes with log_completions=True."""
-
-    def write(self, folder, **extra):
-        folder.mkdir()
-        for step in (1, 2):
-            rows = [
-                {"step": step, "prompt": [{"role": "user", "content": f"q{i // 2}"}],
-                 "completion": [{"role": "assistant", "content": "a b " * (i + step)},
-                                {"role": "tool", "content": "not the model's"}],
-                 "my_reward": i % 2, **{k: i + 1 for k in extra}, "advantage": i % 2 - 0.5}
-                for i in range(4)
-            ]  # fmt: skip
-            write_parquet(folder / f"completions_{step:05d}.parquet", rows)
-        return folder
-
-    def test_with_lengths(self, tmp_path):
-        folder = self.write(tmp_path / "completions", completion_length=True)
-        found = read_rollouts(folder)
-        assert found.lengths.tolist() == [1, 2, 3, 4] * 2
-        assert found.batches.tolist() == [0] * 4 + [1] * 4
-        assert found.groups.tolist() == [0, 0, 1, 1] * 2
-        assert found.advantages.tolist() == [-0.5, 0.5] * 4
-
-    def test_without_lengths_it_says_what_to_do(self, tmp_path):
-        with pytest.raises(RolloutError, match=r"--tokenizer.*log_extra"):
-            read_rollouts(self.write(tmp_path / "completions"))
-
-    def test_tokenizer_counts_what_the_model_wrote(self, tmp_path):
-        pytest.importorskip("transformers")
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(
-            tmp_path / "tokenizer"
-        )
-        folder = self.write(tmp_path / "completions")
-        found = read_rollouts(folder, tokenizer=str(tmp_path / "tokenizer"))
-        assert found.lengths.tolist() == [2, 4, 6, 8, 4, 6, 8, 10]
 
 
 class TestNumbers:
@@ -183,48 +89,107 @@ class TestNumbers:
         assert found.advantages.rank_correlation > 0  # the longer of each pair was rewarded
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", '{"length": 3}\n{"length": "x"}\n', r"line 2, column 'length': expected a num"),
-        ("a.jsonl", '{"length": 3}\n\n{"length": -2}\n', r"line 3, .*'length': .*>= 0, got -2"),
-        ("a.jsonl", '{"length": 3}\n{"le', r"line 2: not JSON"),
-        ("a.jsonl", '{"length": 3}\n{"other": 4}\n', r"line 2, column 'length': .*got None"),
-        ("a.jsonl", '{"length": 2.5}\n', r"line 1, .*a whole number of tokens, got 2.5"),
-        ("a.jsonl", '{"length": true}\n', r"line 1, .*a number, got True"),
-        ("a.jsonl", "[1]\n", r"line 1: expected an object or a number, got list"),
-        ("a.jsonl", '{"x": 1}\n', r"no lengths: .*it has 'x'. Name one with --length-column"),
-        ("a.jsonl", '{"token_ids": [1]}\n{"token_ids": 5}\n', r"line 2, .*a list of token ids"),
-        ("a.jsonl", '{"length": 0}\n', "every response is empty"),
-        ("a.jsonl", "", "no lengths"),
-        ("a.jsonl", '{"length": 3, "grad_norm": NaN}\n', r"'grad_norm': expected a finite number"),
-        ("a.csv", "length,step\n3,1\n4\n", r"line 3: 1 values for 2 columns"),
-        ("a.csv", "length\n3\n\nlong\n", r"line 4, column 'length': expected a number, got 'long'"),
-        ("a.csv", "length\n", "has no rows"),
-        ("a.csv", "length,length\n3,4\n", r"two columns of one name"),
-        ("a.txt", "3\n", r"unknown format '.txt'; expected one of .jsonl"),
-        ("a.npy", "3\n", "not an NPY file"),
-        ("a.parquet", "3\n", "not a Parquet file"),
-    ],
-)  # fmt: skip
-def test_bad_files(tmp_path, name, text, message):
-    if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
-    (tmp_path / name).write_text(text)
-    with pytest.raises(RolloutError, match=message):
-        read_rollouts(tmp_path / name)
+class TestWhatIsSaid:
+    """Nothing is assumed or left out in silence."""
+
+    def notes(self, path, rows, **options):
+        columns = Columns(**options.pop("columns", {}))
+        return diagnose(read_rollouts(write_jsonl(path, rows), columns), **options).notes
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        return tmp_path / "a.jsonl"
+
+    def without(self, *names):
+        return [{k: v for k, v in row.items() if k not in names} for row in ROWS]
+
+    def test_nothing_where_all_is_there(self, path):
+        assert self.notes(path, ROWS) == []
+
+    def test_one_batch(self, path):
+        (note,) = self.notes(path, self.without("step"))
+        assert "No batch column (batch, step, global_step): all 48 responses" in note
+        assert "--batch-size" in note
+        assert self.notes(path, ROWS, columns={"batch": "none"}) == [], "as asked"
+        assert self.notes(path, self.without("step"), batch_size=12) == []
+
+    def test_no_groups(self, path):
+        group, norms = self.notes(path, self.without("prompt_id"))
+        assert "No group column (group, group_id, prompt_id, " in group
+        assert "rewards give no advantages" in group
+        assert "the gradient norms are not divided by them" in norms
+        (note,) = self.notes(path, self.without("prompt_id", "grad_norm"))
+        assert note == group
+        assert self.notes(path, self.without("prompt_id", "grad_norm", "reward")) == [], "no use"
+
+    def test_groups_of_one(self, path):
+        rows = [{**row, "prompt_id": min(i, 5)} for i, row in enumerate(ROWS)]
+        (note,) = self.notes(path, rows, beta=1.0)
+        assert "5 of 48 responses are the only one of their group ('prompt_id')" in note
+
+    def test_what_is_in_no_batch(self, path):
+        assert self.notes(path, ROWS, batch_size=20) == [
+            "8 responses are in no batch: they do not fill one, or theirs is empty."
+        ]
+        rows = [{**row, "completion_length": 0} if row["step"] == 1 else row for row in ROWS]
+        (note,) = self.notes(path, rows)
+        assert note.startswith("16 responses are in no batch")
+        (note,) = self.notes(path, ROWS, batch_size=10**30)
+        assert note == "The one batch has 48 responses, fewer than --batch-size."
+
+    def test_an_alpha_that_cannot_be(self, path):
+        (note,) = self.notes(path, ROWS, beta=-1.0)
+        assert note == "The best alpha would be beta, -1; alpha lies in 0 to 16."
+
+    def test_columns(self, path):
+        rows = [{**row, "other": 0} for row in self.without("reward")]
+        found = diagnose(read_rollouts(write_jsonl(path, rows)))
+        assert found.sources == {
+            "length": "completion_length", "batch": "step", "group": "prompt_id",
+            "reward": None, "advantage": None, "norm": "grad_norm",
+        }  # fmt: skip
+        assert found.unused_columns == ("other",)
+        found = diagnose(read_rollouts(path), batch_size=12)
+        assert found.sources["batch"] == "every 12 responses"
 
 
-def test_missing_things(tmp_path, rollouts):
-    with pytest.raises(RolloutError, match="no such file"):
-        read_rollouts(tmp_path / "none.jsonl")
-    with pytest.raises(RolloutError, match=r"without .parquet files"):
-        read_rollouts(tmp_path)
-    with pytest.raises(RolloutError, match=r"no column 'len'; it has 'step', 'prompt_id'"):
-        read_rollouts(tmp_path / "rollouts.jsonl", Columns(length="len"))
-    np.save(tmp_path / "cube.npy", np.ones((2, 2, 2)))
-    with pytest.raises(RolloutError, match=r"array of shape \(2, 2, 2\)"):
-        read_rollouts(tmp_path / "cube.npy")
+class TestRanges:
+    """Every formula is finite inside of the ranges, and outside there is an error."""
+
+    @pytest.mark.parametrize("beta", [*BETA_RANGE, 0.0])
+    @pytest.mark.parametrize("max_length", [None, 1, MAX_LENGTH])
+    @pytest.mark.parametrize(
+        "lengths", [[1], [1] * 50, [MAX_LENGTH] * 50, [1, MAX_LENGTH], [1] * 50 + [MAX_LENGTH]]
+    )
+    @pytest.mark.filterwarnings("error")
+    def test_finite(self, beta, max_length, lengths):
+        rollouts = Rollouts(np.array(lengths * 2, float), np.repeat([0, 1], len(lengths)))
+        found = diagnose(rollouts, beta=beta, max_length=max_length).to_dict()
+        for row in found["methods"]:
+            numbers = [v for k, v in row.items() if k not in ("method", "alpha", "swing")]
+            assert all(v is not None and v > 0 for v in [*numbers, *row["swing"].values()][:-1])
+
+    @pytest.mark.filterwarnings("error")
+    def test_norms_at_the_edge(self):
+        for norms in ([1e-60, 1e60, 1.0, 1.0], [1e60] * 4, [1e-60] * 4):
+            rollouts = Rollouts(
+                np.array([10.0, 10**9, 10.0, 10**9]), norms=np.array(norms),
+                advantages=np.array([1e60, 1e-8, -1e60, 1.0]), groups=np.arange(4),
+            )  # fmt: skip
+            assert np.isfinite(squared_norms(rollouts)).all()
+            assert (squared_norms(rollouts) > 0).all()
+
+    def test_an_estimate_beyond(self, tmp_path):
+        rows = [{"length": 100 + i % 2, "grad_norm": 2.0 ** (i % 2), "uid": i} for i in range(20)]
+        rollouts = read_rollouts(write_jsonl(tmp_path / "a.jsonl", rows))
+        with pytest.raises(RolloutError, match=r"norms give beta = 139, .* -16 to 16: .*--beta"):
+            diagnose(rollouts)
+        assert diagnose(rollouts, beta=1.0).exponent.source == "given"
+
+    def test_lengths_given_in_code(self):
+        for lengths in ([1e300], [0.0, 0.0], []):
+            with pytest.raises(RolloutError, match="lengths must lie in 0 to 1,000,000,000"):
+                diagnose(Rollouts(np.array(lengths)))
 
 
 class TestCommand:
@@ -239,8 +204,24 @@ class TestCommand:
         assert main(["diagnose", path]) == 0
         text = " ".join(capsys.readouterr().out.split())  # where lines break is rich's business
         for words in ("48 responses in 3 batches", "Dr. GRPO", "DeltaL(1.20)", "Best alpha: 1.2",
-                      "95% interval 1.20 to 1.20 (12 groups", "rank correlation"):  # fmt: skip
+                      "95% interval 1.20 to 1.20 (12 groups", "rank correlation",
+                      "Columns: length = completion_length, batch = step, group = prompt_id, "
+                      "reward = reward, advantage = reward less the group's mean, "
+                      "norm = grad_norm."):  # fmt: skip
             assert words in text
+        assert "Note" not in text
+
+    def test_tables_say_what_is_not_there(self, tmp_path, capsys, monkeypatch):
+        pytest.importorskip("rich")
+        monkeypatch.setenv("COLUMNS", "120")
+        names = [f"[x{i}]" for i in range(20)]
+        path = write_jsonl(tmp_path / "a.jsonl", [{"length": 3, **dict.fromkeys(names)}])
+        assert main(["diagnose", str(path)]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "Not in the file: batch, group, reward, advantage, norm." in text
+        assert "Not used: [x0], [x1], " in text
+        assert "[x11] and 8 more." in text
+        assert "Note: No batch column" in text
 
     def test_json(self, path, capsys):
         assert main(["diagnose", path, "--json", "--beta", "0.8", "--batch-column", "none"]) == 0
@@ -249,6 +230,16 @@ class TestCommand:
         assert found["exponent"]["source"] == "given"
         assert found["methods"][0]["swing"] is None
         assert found["sources"]["length"] == "completion_length"
+        assert found["sources"]["batch"] == "none, as asked"
+        assert (found["unused_columns"], found["notes"]) == (["step"], [])
+
+    def test_json_has_the_notes(self, tmp_path, capsys):
+        path = write_jsonl(tmp_path / "a.jsonl", [{"length": 3, "x": 1}])
+        assert main(["diagnose", str(path), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["notes"][0].startswith("No batch column")
+        assert found["unused_columns"] == ["x"]
+        assert found["sources"]["batch"] is None
 
     @pytest.mark.parametrize("options", [[], ["--norm-column", "none", "--batch-size", "48"]])
     def test_figure(self, path, tmp_path, capsys, options):
@@ -261,8 +252,20 @@ class TestCommand:
         ("options", "message"),
         [
             (["--length-column", "x"], "has no column 'x'"),
-            (["--max-length", "0"], "max_length must be finite and > 0"),
-            (["--beta", "nan"], "beta must be finite"),
+            *(
+                ([f"--beta={value}"], "beta must lie in -16 to 16, got")
+                for value in ("100", "16.1", "-17", "nan", "inf", "-inf", "1e400")
+            ),
+            *(
+                (["--max-length", value], "max_length must lie in 1 to 1,000,000,000 tokens, got")
+                for value in ("0", "0.5", "-3", "nan", "inf", "1e300")
+            ),
+            *((["--batch-size", value], "at least 1, got") for value in ("0", "-1")),
+            (["--seed", "-1"], "seed must be >= 0, got -1"),
+            (["--figure", "figure"], "expected a figure's name to end in one of"),
+            (["--figure", "figure.txt"], "figure.txt: expected a figure's name to end in one of"),
+            (["--tokens-column", "step", "--length-column", "step"], "give one of them"),
+            (["--text-column", "prompt_id"], "needs --tokenizer"),
         ],
     )
     def test_errors_are_one_line_and_status_2(self, path, capsys, options, message):
@@ -279,8 +282,46 @@ class TestCommand:
         assert "pip install 'dl-norm[diagnose]'" in capsys.readouterr().err
 
     def test_as_a_process(self, path):
-        done = subprocess.run(
-            [sys.executable, "-m", "dl_norm", "diagnose", path, "--json"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = run("-m", "dl_norm", "diagnose", path, "--json")
         assert json.loads(done.stdout)["lengths"]["responses"] == 48
+
+
+class TestWithoutTorch:
+    """PyTorch takes seconds to import, and the command needs none of it."""
+
+    @pytest.mark.parametrize("command", [["--version"], ["diagnose", "FILE", "--json"]])
+    def test_command(self, tmp_path, command):
+        path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+        command = [str(path) if word == "FILE" else word for word in command]
+        done = run("-X", "importtime", "-m", "dl_norm", *command)
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert {"dl_norm", "numpy"} <= imported
+        assert not [name for name in imported if name.partition(".")[0] in ("torch", "triton")]
+        if command == ["--version"]:
+            assert done.stdout == f"dl-norm {dl_norm.__version__}\n"
+
+    def test_every_other_import_has_everything(self, tmp_path):
+        """Another program's -m too, and with our name among its arguments; operators are there
+        before the first call, which a loaded torch.export program needs."""
+        code = (
+            "import dl_norm\n"
+            "assert all(hasattr(dl_norm, name) for name in dl_norm.__all__), dl_norm\n"
+            "assert set(dl_norm.__all__) <= set(dir(dl_norm))\n"
+            "import torch; torch.ops.dl_norm.policy_loss_fwd\n"
+            "from dl_norm import *\n"
+            "assert policy_loss is dl_norm.policy_loss; print('whole')"
+        )
+        (tmp_path / "program").mkdir()
+        for name in ("__init__", "__main__"):
+            (tmp_path / "program" / f"{name}.py").write_text(code)
+        done = run("-m", "program", "-m", "dl_norm", PYTHONPATH=f"{tmp_path}:{os.getcwd()}")
+        assert done.stdout == "whole\nwhole\n"
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done

@@ -279,6 +279,21 @@ class TestExponent:
         assert theory.estimate_exponent(*data) == theory.estimate_exponent(*data)
         assert theory.estimate_exponent(*data).low != theory.estimate_exponent(*data, seed=1).low
 
+    def test_many_groups_are_merged(self, monkeypatch):
+        """As wide an interval as without, and the same exponent, in less memory."""
+        found = {}
+        for limit in (200, 4000):
+            monkeypatch.setattr(theory, "MAX_UNITS", limit)
+            found[limit] = theory.estimate_exponent(
+                *self.sample(0, 1.0, groups=2000), resamples=800
+            )
+        merged, whole = found[200], found[4000]
+        assert merged.beta == pytest.approx(whole.beta, abs=1e-12)
+        assert merged.groups == whole.groups == 2000
+        width = (merged.high - merged.low) / (whole.high - whole.low)
+        assert width == pytest.approx(1, abs=0.2), "5 % by 200 parts, 5 % by 800 resamples of each"
+        assert merged != whole
+
     def test_groups_of_words(self):
         lengths, norms, ids = self.sample(0, 1.0)
         named = theory.estimate_exponent(lengths, norms, [f"prompt {i:03}" for i in ids])

@@ -4,6 +4,7 @@
 """
 
 from .analysis import Diagnosis, diagnose
-from .rollouts import Columns, RolloutError, Rollouts, read_rollouts
+from .columns import Columns, RolloutError
+from .rollouts import Rollouts, read_rollouts
 
 __all__ = ["Columns", "Diagnosis", "RolloutError", "Rollouts", "diagnose", "read_rollouts"]

@@ -10,9 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import theory
-from .rollouts import RolloutError, Rollouts
+from .columns import DEFAULTS, RolloutError
+from .rollouts import Rollouts
+from .values import MAX_LENGTH
 
+# With lengths and M of 1 to MAX_LENGTH every formula is finite for these.
+BETA_RANGE = (-16.0, 16.0)
 PAPER_ALPHAS = (0.75, 1.0)  # of arXiv:2509.07558, for mathematics and for CountDown
+SHOWN = ("length", "batch", "group", "reward", "advantage", "norm")  # kinds of column
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -84,7 +89,9 @@ class Diagnosis:
     best_alpha: float
     methods: list[MethodSummary]
     advantages: AdvantageSummary | None
-    sources: dict[str, str]
+    sources: dict[str, str | None]  # kind of column -> where it came from; None: not there
+    unused_columns: tuple[str, ...]
+    notes: list[str]  # what was assumed or left out
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, which has no NaN: None instead."""
@@ -105,17 +112,24 @@ def diagnose(
     Args:
         beta: exponent of Var(g_i) ~ L_i^beta. None: estimated from the gradient norms
             (:func:`dl_norm.theory.estimate_exponent`; divided by the squared advantages where
-            these are known, resampled by group), or 1, the paper's, if there are none.
-        max_length: the constant M. None: the longest response.
+            these are known, resampled by group), or 1, the paper's, if there are none. -16 to 16.
+        max_length: the constant M, 1 to 10^9 tokens. None: the longest response.
         batch_size: cut the responses into batches of this many, in order. None: the batches of
             the file, or one batch.
         confidence, seed: of the bootstrap interval of beta.
 
     Raises:
-        RolloutError: batches that cannot be made, or norms that allow no estimate.
+        RolloutError: batches that cannot be made, norms that allow no estimate, a number out of
+            its range.
     """
-    batches = split_batches(rollouts, batch_size)
+    if max_length is not None and not 1 <= max_length <= MAX_LENGTH:
+        raise RolloutError(f"max_length must lie in 1 to {MAX_LENGTH:,} tokens, got {max_length:g}")
+    if seed < 0:
+        raise RolloutError(f"seed must be >= 0, got {seed}")
     full = rollouts.lengths[rollouts.lengths > 0]
+    if not len(full) or not full.max() <= MAX_LENGTH:
+        raise RolloutError(f"lengths must lie in 0 to {MAX_LENGTH:,} tokens, not all of them 0")
+    batches = split_batches(rollouts, batch_size)
     constant = float(full.max()) if max_length is None else float(max_length)
     exponent = _exponent(rollouts, beta, confidence, seed)
     best = theory.optimal_alpha(exponent.beta)
@@ -125,6 +139,9 @@ def diagnose(
     choices += [("delta_l", alpha) for alpha in alphas]
     methods = [_method(batches, m, a, exponent.beta, constant) for m, a in choices]
     least = next(row.cv for row in methods if row.alpha == best)
+    sources = {kind: (rollouts.sources or {}).get(kind) for kind in SHOWN}
+    if batch_size is not None:
+        sources["batch"] = f"every {batch_size} responses"
     return Diagnosis(
         _length_summary(rollouts.lengths, len(batches)),
         constant,
@@ -132,7 +149,9 @@ def diagnose(
         best,
         [replace(row, excess_noise=row.cv / least) for row in methods],
         _advantage_summary(rollouts),
-        rollouts.sources or {},
+        sources,
+        rollouts.unused,
+        [*rollouts.notes, *_notes(rollouts, batches, batch_size, exponent.beta, best)],
     )
 
 
@@ -142,6 +161,7 @@ def split_batches(rollouts: Rollouts, batch_size: int | None = None) -> list[NDA
     if batch_size is not None:
         if batch_size < 1:
             raise RolloutError(f"the batch size must be at least 1, got {batch_size}")
+        batch_size = min(batch_size, len(lengths))
         ends = np.arange(batch_size, len(lengths), batch_size)
         batches = np.split(lengths, ends)
         if len(batches) > 1 and len(batches[-1]) < batch_size:
@@ -171,7 +191,10 @@ def squared_norms(rollouts: Rollouts) -> NDArray[np.float64] | None:
 
 
 def _exponent(rollouts: Rollouts, beta: float | None, confidence: float, seed: int) -> Exponent:
+    low, high = BETA_RANGE
     if beta is not None:
+        if not low <= beta <= high:
+            raise RolloutError(f"beta must lie in {low:g} to {high:g}, got {beta:g}")
         return Exponent(float(beta), "given")
     squares = squared_norms(rollouts)
     if squares is None:
@@ -182,7 +205,48 @@ def _exponent(rollouts: Rollouts, beta: float | None, confidence: float, seed: i
         )
     except ValueError as error:
         raise RolloutError(f"{error}, or give the exponent with --beta") from None
+    if not low <= estimate.beta <= high:
+        raise RolloutError(
+            f"the gradient norms give beta = {estimate.beta:.3g}, which lies outside {low:g} to "
+            f"{high:g}: the lengths are too alike, or the norms are not those of single responses. "
+            "Give the exponent with --beta"
+        )
     return Exponent(estimate.beta, "estimated", estimate)
+
+
+def _notes(
+    rollouts: Rollouts,
+    batches: list[NDArray[np.float64]],
+    batch_size: int | None,
+    beta: float,
+    best: float,
+) -> list[str]:
+    """What was assumed, and what was left out."""
+    sources = rollouts.sources or {}
+    total, kept = len(rollouts), sum(map(len, batches))
+    notes = []
+    if batch_size is None and rollouts.batches is None and sources.get("batch") is None:
+        notes.append(
+            f"No batch column ({', '.join(DEFAULTS['batch'])}): all {total:,} responses are taken "
+            "for one rollout batch. Name it with --batch-column, or cut it with --batch-size."
+        )
+    if batch_size is not None and batch_size > total:
+        notes.append(f"The one batch has {total:,} responses, fewer than --batch-size.")
+    if kept < total:
+        notes.append(
+            f"{total - kept:,} responses are in no batch: they do not fill one, or theirs is empty."
+        )
+    signal = rollouts.rewards is not None or rollouts.norms is not None
+    if signal and rollouts.groups is None and sources.get("group") is None:
+        notes.append(
+            f"No group column ({', '.join(DEFAULTS['group'])}): rewards give no advantages, and "
+            "each response is taken to be independent. Name it with --group-column."
+        )
+    if rollouts.norms is not None and rollouts.advantages is None:
+        notes.append("No advantages are known: the gradient norms are not divided by them.")
+    if best != beta:
+        notes.append(f"The best alpha would be beta, {beta:.3g}; alpha lies in 0 to 16.")
+    return notes
 
 
 def _method(

@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from .analysis import diagnose
-from .rollouts import DEFAULTS, INSTALL, Columns, read_rollouts
+from .array_files import INSTALL
+from .columns import DEFAULTS, Columns
+from .rollouts import read_rollouts
 
 DESCRIPTION = """\
 What each loss aggregation does to your response lengths: bias, noise, the swing of the gradient's
@@ -17,10 +19,11 @@ scale between batches, the effective number of sequences, and the alpha of Delta
 variance."""
 
 EPILOG = """\
-FILE is .jsonl, .csv, .parquet, .npy ((N,) or (batches, N) lengths), or a folder of Parquet files
-such as TRL's output_dir/completions. Columns are found by their names, see the options; "none"
-leaves one out. A gradient norm is that of the summed token losses of one response; where advantages
-are known (a column, or reward less the group's mean) it is divided by them."""
+FILE is .jsonl, .json, .csv, .tsv, .parquet, .npy ((N,) or (batches, N) lengths), .npz, or a folder
+of files of one format, such as TRL's output_dir/completions or verl's rollout_data_dir; text files
+may be packed (.jsonl.gz). Columns are found by their names, see the options; "none" leaves one out.
+A gradient norm is that of the summed token losses of one response; where advantages are known (a
+column, or reward less the group's mean) it is divided by them."""
 
 _HELP = {
     "length": "tokens that count",
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beta",
         type=float,
-        help="exponent of Var(g) ~ L^beta (default: by gradient norms, or 1)",
+        help="exponent of Var(g) ~ L^beta, -16 to 16 (default: by gradient norms, or 1)",
     )
     parser.add_argument(
         "--max-length", type=float, metavar="M", help="the constant M (default: longest response)"
@@ -81,12 +84,12 @@ def run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size,
             seed=options.seed,
         )
+        if options.figure is not None:
+            _draw(options.figure, rollouts, diagnosis, options.batch_size)
         if options.json:
             print(json.dumps(diagnosis.to_dict(), indent=1))
         else:
             _print_tables(diagnosis)
-        if options.figure is not None:
-            _draw(options.figure, rollouts, diagnosis, options.batch_size)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -102,7 +105,7 @@ def _print_tables(diagnosis) -> None:
         raise ImportError(f"tables need rich: {INSTALL}, or use --json") from error
     console = Console()
     for part in tables(diagnosis):
-        console.print(part, highlight=False)
+        console.print(part, highlight=False, markup=False)
 
 
 def _draw(path: Path, rollouts, diagnosis, batch_size: int | None) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .. import theory
-from .analysis import Diagnosis, MethodSummary, split_batches, squared_norms
+from .analysis import BETA_RANGE, Diagnosis, MethodSummary, split_batches, squared_norms
 from .rollouts import Rollouts
 
 # Those that are drawn: DAPO and LUSPO weigh as Dr. GRPO does, up to the scale.
@@ -18,7 +18,14 @@ _STYLES = {"grpo": ("tab:orange", "--"), "dapo": ("tab:green", "-."), "dr_grpo":
 
 def save_figure(path: Path, rollouts: Rollouts, diagnosis: Diagnosis, batch_size: int | None):
     """Lengths, weights, the cost of alpha; and the scale of each batch or the gradient norms,
-    where the file has several batches or norms. The format follows the name of ``path``."""
+    where the file has several batches or norms. The format follows the name of ``path``.
+
+    Raises:
+        ValueError: a name that ends in no format.
+    """
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"{path}: expected a figure's name to end in one of {', '.join(formats)}")
     batches = split_batches(rollouts, batch_size)
     full = rollouts.lengths[rollouts.lengths > 0]
     squares = squared_norms(rollouts)
@@ -83,8 +90,8 @@ def _draw_alpha(axes, batches, diagnosis):
     axes.plot(grid, [cost(a, exponent.beta) for a in grid], color="tab:blue",
               label=f"$\\beta$ = {exponent.beta:.2f}")  # fmt: skip
     if exponent.estimate is not None:
-        bounds = [[cost(a, b) for a in grid] for b in (exponent.estimate.low,
-                                                       exponent.estimate.high)]  # fmt: skip
+        interval = np.clip([exponent.estimate.low, exponent.estimate.high], *BETA_RANGE)
+        bounds = [[cost(a, b) for a in grid] for b in interval]
         axes.fill_between(grid, *bounds, color="tab:blue", alpha=0.2, label="its interval")
     axes.axvline(diagnosis.best_alpha, color="black", lw=0.8, linestyle=":")
     axes.set(title="Cost of $\\alpha$", xlabel="$\\alpha$", ylabel="variance / least variance")

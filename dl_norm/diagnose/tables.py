@@ -15,6 +15,8 @@ def tables(diagnosis: Diagnosis) -> list[Table | str]:
     parts.append(_exponent_text(diagnosis))
     if diagnosis.advantages is not None:
         parts.append(_advantage_text(diagnosis))
+    parts.append(_column_text(diagnosis))
+    parts += [f"Note: {note}" for note in diagnosis.notes]
     return parts
 
 
@@ -86,4 +88,17 @@ def _advantage_text(diagnosis: Diagnosis) -> str:
             f"{advantages.mean_length_negative:,.0f} where negative; rank correlation with length "
             f"{advantages.rank_correlation:+.2f}."
         )
+    return text
+
+
+def _column_text(diagnosis: Diagnosis) -> str:
+    """Which columns were used, so that a wrong one is seen."""
+    used = [f"{kind} = {source}" for kind, source in diagnosis.sources.items() if source]
+    missing = [kind for kind, source in diagnosis.sources.items() if not source]
+    text = f"Columns: {', '.join(used)}."
+    if missing:
+        text += f" Not in the file: {', '.join(missing)}."
+    if others := diagnosis.unused_columns:
+        more = f" and {len(others) - 12:,} more" if len(others) > 12 else ""
+        text += f" Not used: {', '.join(others[:12])}{more}."
     return text
