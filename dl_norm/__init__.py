@@ -6,16 +6,21 @@ one kernel serves them all and writes the final gradient in the forward pass.
 
 from . import reference
 from ._version import __version__
-from .context_parallel import context_parallel_lengths
 from .functional import delta_l_loss, policy_loss
 from .linear import linear_policy_loss
 from .logits import PolicyLossOutputs, logits_policy_loss
 from .masks import off_policy_sequence_mask
 from .metrics import PolicyLossMetrics
 from .modules import DeltaLLoss
-from .scaling import gradient_scale
 from .token_log_probs import token_log_probs
-from .weights import reweight_advantages, sequence_lengths, sequence_weights
+from .weights import (
+    context_parallel_lengths,
+    gradient_scale,
+    reference_length,
+    reweight_advantages,
+    sequence_lengths,
+    sequence_weights,
+)
 
 __all__ = [
     "DeltaLLoss",
@@ -30,6 +35,7 @@ __all__ = [
     "off_policy_sequence_mask",
     "policy_loss",
     "reference",
+    "reference_length",
     "reweight_advantages",
     "sequence_lengths",
     "sequence_weights",

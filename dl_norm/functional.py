@@ -15,10 +15,10 @@ from .checks import (
     check_tensor,
 )
 from .device import implementation_for
-from .group_sums import Group
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
 from .weights import sequence_lengths, sequence_weights
+from .weights.group_sums import Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .functional import delta_l_loss
-from .group_sums import Group
 from .metrics import PolicyLossMetrics
 from .options import PolicyLossOptions
+from .weights.group_sums import Group
 
 
 class DeltaLLoss(torch.nn.Module):
