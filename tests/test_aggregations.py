@@ -233,6 +233,22 @@ def test_nothing_counts(method, size):
     assert dl_norm.sequence_weights(zeros, method, **options).equal(torch.zeros(size))
 
 
+@pytest.mark.parametrize("method", AGGREGATIONS)
+def test_no_value_is_read(method):
+    """Tensors without values stand for a device that must not be waited for; nor does a compiled
+    graph break."""
+    meta = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in needs(method).items()}
+    keep = torch.ones(len(LENGTHS), dtype=torch.bool, device="meta")
+    got = dl_norm.sequence_weights(LENGTHS.to("meta"), method, keep=keep, **meta)
+    assert got.device.type == "meta" and got.shape == LENGTHS.shape
+    compiled = torch.compile(
+        lambda lengths: dl_norm.sequence_weights(lengths, method, **needs(method)),
+        backend="eager",
+        fullgraph=True,
+    )
+    assert compiled(LENGTHS).equal(dl_norm.sequence_weights(LENGTHS, method, **needs(method)))
+
+
 # -- the trainers' own code -----------------------------------------------------------------------
 
 
