@@ -138,9 +138,11 @@ def method_statistics(
     if batch.counts.size == 0:
         return AggregationStatistics(0.0, 0.0, math.nan)
     ratio, shortest = batch.ratio, batch.shortest
-    of_cell = batch.share / (constant * batch.sums(ratio**q))
-    expectation = (of_cell * batch.sums(ratio**p)).sum() * shortest ** (p - q)
-    variance = (of_cell**2 * batch.sums(ratio ** (b + 2 * p))).sum()
+    sums = constant * batch.sums(ratio**q)
+    # This order gives 1/M without a rounding where p = q: such a method shows no swing.
+    expectation = (batch.share * (constant * batch.sums(ratio**p) / sums)).sum() / constant
+    expectation *= shortest ** (p - q)
+    variance = (batch.share**2 * batch.sums(ratio ** (b + 2 * p)) / sums**2).sum()
     return _statistics(float(expectation), float(variance * shortest ** (b + 2 * p - 2 * q)))
 
 
