@@ -15,7 +15,6 @@ from ._version import __version__
 _is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
 if TYPE_CHECKING or not _is_command:
     from . import reference
-    from .context_parallel import context_parallel_lengths
     from .functional import delta_l_loss, policy_loss
     from .linear import linear_policy_loss
     from .logits import logits_policy_loss
@@ -23,9 +22,15 @@ if TYPE_CHECKING or not _is_command:
     from .metrics import PolicyLossMetrics
     from .modules import DeltaLLoss
     from .row_inputs import PolicyLossOutputs
-    from .scaling import gradient_scale
     from .token_log_probs import token_log_probs
-    from .weights import reweight_advantages, sequence_lengths, sequence_weights
+    from .weights import (
+        context_parallel_lengths,
+        gradient_scale,
+        reference_length,
+        reweight_advantages,
+        sequence_lengths,
+        sequence_weights,
+    )
 
 __all__ = [
     "DeltaLLoss",
@@ -40,6 +45,7 @@ __all__ = [
     "off_policy_sequence_mask",
     "policy_loss",
     "reference",
+    "reference_length",
     "reweight_advantages",
     "sequence_lengths",
     "sequence_weights",

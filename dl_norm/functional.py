@@ -12,11 +12,11 @@ from .autograd import PolicyLossFunction
 from .call import make_call
 from .checks import LOG_PROB_DTYPES, check_cu_seqlens, check_flag, check_mask, check_tensor
 from .device import implementation_for
-from .group_sums import Group
 from .keywords import CallOptions, Impl, RatioLevel, SurrogateName
 from .metrics import PolicyLossMetrics
 from .surrogates import Surrogate
 from .weights import sequence_lengths, sequence_weights
+from .weights.group_sums import Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
@@ -148,8 +148,9 @@ def policy_loss(
     batch, terms = make_call(
         dict(
             log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
-            weights=weights, cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip,
-            delta=delta, log_ratio_clamp=log_ratio_clamp, ref_log_probs=ref_log_probs, beta=beta,
+            weights=weights, cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high,
+            dual_clip=dual_clip, delta=delta, log_ratio_clamp=log_ratio_clamp,
+            ref_log_probs=ref_log_probs, beta=beta,
             rollout_weights=rollout_weights, ratio_level=ratio_level, surrogate=surrogate,
             sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
             bias_corrected_kl=bias_corrected_kl, entropy_mask=entropy_mask,
@@ -174,7 +175,7 @@ def delta_l_loss(
     mask: Tensor | None,
     *,
     alpha: float,
-    max_length: int,
+    max_length: float,
     group: Group = None,
     return_metrics: Literal[False] = False,
     **options: Unpack[CallOptions],
@@ -189,7 +190,7 @@ def delta_l_loss(
     mask: Tensor | None,
     *,
     alpha: float,
-    max_length: int,
+    max_length: float,
     group: Group = None,
     return_metrics: bool,
     **options: Unpack[CallOptions],
@@ -203,7 +204,7 @@ def delta_l_loss(
     mask: Tensor | None,
     *,
     alpha: float,
-    max_length: int,
+    max_length: float,
     group: Group = None,
     return_metrics: bool = False,
     **options: Unpack[CallOptions],

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .checks import check_flag
 from .functional import delta_l_loss
-from .group_sums import Group
 from .keywords import Impl, TensorOptions, TokenLossOptions
 from .metrics import PolicyLossMetrics
 from .options import make_token_loss
+from .weights.group_sums import Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
@@ -31,7 +31,7 @@ class DeltaLLoss(torch.nn.Module):
         self,
         *,
         alpha: float = 1.0,
-        max_length: int,
+        max_length: float,
         group: Group = None,
         impl: Impl | None = None,
         return_metrics: bool = False,
@@ -46,7 +46,7 @@ class DeltaLLoss(torch.nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, *tensors: Tensor | None, **others: Unpack[TensorOptions]
+        self, *tensors: Any, **others: Unpack[TensorOptions]
     ) -> Tensor | tuple[Tensor, PolicyLossMetrics]:
         """As :func:`dl_norm.delta_l_loss`: log_probs, old_log_probs, advantages, mask, ..."""
         if torch.compiler.is_exporting():

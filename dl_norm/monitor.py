@@ -212,7 +212,9 @@ def _joined(slices: list[Slice]) -> Slice:
     return lengths, proxies, groups
 
 
-def _relative_cv(lengths: np.ndarray, method: str, alpha: float, beta: float) -> float | None:
+def _relative_cv(
+    lengths: np.ndarray, method: theory.Method, alpha: float, beta: float
+) -> float | None:
     """CV in units of one response of mean length; None for a batch without a token."""
     full = lengths[lengths > 0]
     if not full.size:

@@ -9,6 +9,10 @@ Var(g_i) = V L_i^beta (the paper: beta = 1). A batch gradient sum_i x_i g_i then
 Everything here is in the model's units, so that nothing about the policy has to be known: E in
 grad J, Var in V, CV in sqrt(V) / |grad J|. A sequence of length 0 is left out of every sum and of
 G, as in :func:`dl_norm.sequence_weights`. All arithmetic is float64.
+
+What the model leaves out: a mean gradient that differs with the length, and for "balanced" that its
+weights depend on the signs of the advantages, on which the g_i depend too. It is for this coupling
+of sign and length that "balanced" was made, and the model cannot see it.
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-METHODS = ("delta_l", "grpo", "dapo", "dr_grpo", "luspo")
+from .aggregations import METHODS as METHODS
+from .aggregations import Aggregation, Method, aggregation
 
 Floats = NDArray[np.float64]
 # More groups than these are merged at random before they are resampled: the sums over 4096 parts
@@ -59,31 +66,26 @@ class ExponentEstimate:
 
 def sequence_weights(
     lengths: ArrayLike,
-    method: str = "delta_l",
+    method: Method = "delta_l",
     *,
     alpha: float = 1.0,
     max_length: float = 1.0,
+    groups: ArrayLike | None = None,
+    advantages: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
 ) -> Floats:
-    """(G,) float64 weights of :func:`dl_norm.sequence_weights`; ``max_length`` M scales "delta_l"
-    and "dr_grpo" and does not matter to the others. "luspo" is the sequence sum over G."""
-    counts = checked_lengths(lengths)
-    _check_method(method)
-    full = counts > 0
-    sequences = max(int(full.sum()), 1)
-    weights = np.zeros_like(counts)
-    if method == "delta_l":
-        # Relative to the shortest response the largest term is 1: no alpha can underflow the sum.
-        shortest = counts[full].min() if full.any() else 1.0
-        weights[full] = (counts[full] / shortest) ** -_checked(alpha, "alpha")
-        return weights / (max(weights.sum(), 1.0) * _checked_max_length(max_length))
-    if method == "grpo":
-        weights[full] = 1.0 / (sequences * counts[full])
-    elif method == "dapo":
-        weights[full] = 1.0 / max(counts.sum(), 1.0)
-    else:
-        weights[full] = 1.0 / sequences
-        if method == "dr_grpo":
-            weights /= _checked_max_length(max_length)
+    """(G,) float64 weights of :func:`dl_norm.sequence_weights`. Arguments that a method does not
+    have do not matter to it here; ``groups`` are ids of any kind, words too."""
+    row = aggregation(method)
+    p, q = row.exponents(_checked(alpha, "alpha"))
+    batch = _batch(lengths, row, groups, advantages, keep)
+    constant = _checked_max_length(max_length) ** row.m
+    weights = np.zeros(batch.full.shape)
+    if batch.counts.size:
+        ratio, shortest = batch.ratio, batch.shortest
+        sums = batch.sums(ratio**q)[batch.cell]
+        scale = batch.share[batch.cell] * shortest ** (p - q) / constant
+        weights[batch.full] = scale * ratio**p / sums
     return weights
 
 
@@ -107,51 +109,44 @@ def aggregation_statistics(weights: ArrayLike, variances: ArrayLike) -> Aggregat
 
 def method_statistics(
     lengths: ArrayLike,
-    method: str = "delta_l",
+    method: Method = "delta_l",
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
     max_length: float = 1.0,
+    groups: ArrayLike | None = None,
+    advantages: ArrayLike | None = None,
+    keep: ArrayLike | None = None,
 ) -> AggregationStatistics:
     r"""Statistics of a method under Var(g_i) = V L_i^beta, as closed forms in sums of powers of L.
 
-    With S(p) = sum_i L_i^p over the sequences with L_i > 0:
+    A method is a row of :data:`dl_norm.aggregations.AGGREGATIONS`, x_i = s_c L_i^p / (M^m S_c(q)).
+    With S_c(e) the sum of L_i^e over the sequences of cell c with L_i > 0,
 
-    ========= ============ ==============================
-    method    E            Var
-    ========= ============ ==============================
-    delta_l   1/M          S(b - 2a) / (M S(-a))^2
-    grpo      S(-1)/G      S(b - 2) / G^2
-    dapo      G/S(1)       S(b) / S(1)^2
-    dr_grpo   1/M          S(b) / (G M)^2
-    luspo     1            S(b) / G^2
-    ========= ============ ==============================
+        E = sum_c s_c S_c(p) / (M^m S_c(q)),
+        Var = sum_c s_c^2 S_c(beta + 2p) / (M^m S_c(q))^2.
 
-    Source: arXiv:2509.07558, table 1, which has b = 1.
+    A method whose cell is the whole batch has one term and s_c = 1. E does not depend on the
+    lengths, and the method is unbiased up to a constant, exactly where p = q.
+
+    Args:
+        groups, advantages, keep: as for :func:`sequence_weights`.
+
+    Source: arXiv:2509.07558, table 1, which has beta = 1 and the whole batch.
     """
-    _check_method(method)
-    a, b, m = (
-        _checked(alpha, "alpha"),
-        _checked(beta, "beta"),
-        _checked_max_length(max_length),
-    )
-    counts = checked_lengths(lengths)
-    counts = counts[counts > 0]
-    if counts.size == 0:
+    row = aggregation(method)
+    p, q = row.exponents(_checked(alpha, "alpha"))
+    b, constant = _checked(beta, "beta"), _checked_max_length(max_length) ** row.m
+    batch = _batch(lengths, row, groups, advantages, keep)
+    if batch.counts.size == 0:
         return AggregationStatistics(0.0, 0.0, math.nan)
-
-    def power_sum(exponent: float) -> float:
-        return float((counts**exponent).sum())
-
-    size = counts.size
-    if method == "delta_l":
-        return _statistics(1 / m, power_sum(b - 2 * a) / (m * power_sum(-a)) ** 2)
-    if method == "grpo":
-        return _statistics(power_sum(-1) / size, power_sum(b - 2) / size**2)
-    if method == "dapo":
-        return _statistics(size / power_sum(1), power_sum(b) / power_sum(1) ** 2)
-    scale = m if method == "dr_grpo" else 1.0
-    return _statistics(1 / scale, power_sum(b) / (size * scale) ** 2)
+    ratio, shortest = batch.ratio, batch.shortest
+    sums = constant * batch.sums(ratio**q)
+    # This order gives 1/M without a rounding where p = q: such a method shows no swing.
+    expectation = (batch.share * (constant * batch.sums(ratio**p) / sums)).sum() / constant
+    expectation *= shortest ** (p - q)
+    variance = (batch.share**2 * batch.sums(ratio ** (b + 2 * p)) / sums**2).sum()
+    return _statistics(float(expectation), float(variance * shortest ** (b + 2 * p - 2 * q)))
 
 
 def optimal_alpha(beta: float) -> float:
@@ -316,6 +311,75 @@ def checked_lengths(lengths: ArrayLike) -> Floats:
     return counts
 
 
+class _Batch(NamedTuple):
+    """The sequences that count, and which cell each belongs to."""
+
+    full: NDArray[np.bool_]  # (G,) of those with a token and kept
+    counts: Floats  # (n,) their lengths
+    cell: NDArray[np.intp]  # (n,)
+    share: Floats  # (cells,)
+
+    @property
+    def shortest(self) -> float:
+        return float(self.counts.min())
+
+    @property
+    def ratio(self) -> Floats:
+        """Lengths relative to the shortest: the largest term of a sum is 1 where exponents are
+        negative, so that no alpha can underflow it."""
+        return self.counts / self.shortest
+
+    def sums(self, values: Floats) -> Floats:
+        """(cells,)"""
+        return np.bincount(self.cell, values, len(self.share)).astype(np.float64)
+
+
+def _batch(
+    lengths: ArrayLike,
+    row: Aggregation,
+    groups: ArrayLike | None,
+    advantages: ArrayLike | None,
+    keep: ArrayLike | None,
+) -> _Batch:
+    counts = checked_lengths(lengths)
+    full = counts > 0
+    if keep is not None:
+        kept = _per_sequence(keep, "keep", counts)
+        if kept.dtype != np.bool_:
+            raise ValueError(f"keep must be True or False per sequence, got {kept.dtype}")
+        full &= kept
+    counts = counts[full]
+    if not row.takes_groups or counts.size == 0:
+        return _Batch(full, counts, np.zeros(counts.shape, np.intp), np.ones(1))
+    keys = [_ids(_needed(groups, "groups", row), "groups", full)]
+    if row.takes_advantages:
+        signs = np.sign(_per_sequence(_needed(advantages, "advantages", row), "advantages", full))
+        if np.isnan(signs[full]).any():
+            raise ValueError("advantages must have a sign where there are tokens, got nan")
+        keys.append(signs[full].astype(np.intp))
+    cell, sizes = np.unique(np.stack(keys), axis=1, return_inverse=True, return_counts=True)[1:]
+    share = sizes / counts.size if row.share == "by size" else np.full(sizes.shape, 1 / sizes.size)
+    return _Batch(full, counts, cell.reshape(-1), share)
+
+
+def _needed(values: ArrayLike | None, name: str, row: Aggregation) -> ArrayLike:
+    if values is None:
+        raise ValueError(f"{row.label} needs {name}, one per sequence")
+    return values
+
+
+def _ids(values: ArrayLike, name: str, full: NDArray[np.bool_]) -> NDArray[np.intp]:
+    ids = _per_sequence(values, name, full)[full]
+    return np.unique(ids, return_inverse=True)[1].reshape(-1)
+
+
+def _per_sequence(values: ArrayLike, name: str, like: NDArray) -> NDArray:
+    array = np.asarray(values)
+    if array.shape != like.shape:
+        raise ValueError(f"{name} must be one per length, got {array.shape} for {like.shape}")
+    return array
+
+
 def _slope(sums: Floats) -> Floats:
     n, x, y, xx, xy = sums
     spread = n * xx - x * x
@@ -339,18 +403,16 @@ def _vector(values: ArrayLike, name: str) -> Floats:
     return vector
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-
-
 def _checked(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
 
 def _checked_max_length(max_length: float) -> float:
-    if not (math.isfinite(max_length) and max_length > 0):
+    constant = _checked(max_length, "max_length")
+    if constant <= 0:
         raise ValueError(f"max_length must be finite and > 0, got {max_length}")
-    return float(max_length)
+    return constant

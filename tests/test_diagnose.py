@@ -41,10 +41,11 @@ class TestNumbers:
     def test_methods_are_means_over_batches(self, rollouts):
         found = diagnose(rollouts, beta=1.0, max_length=100)
         batches = LENGTHS.reshape(3, -1)
+        of_batch = {"groups": np.repeat(range(4), 4), "advantages": np.tile([-0.5, 0.5], 8)}
         for row in found.methods:
             alpha = 1.0 if row.alpha is None else row.alpha
             expected = [
-                theory.method_statistics(b, row.method, alpha=alpha, max_length=100)
+                theory.method_statistics(b, row.method, alpha=alpha, max_length=100, **of_batch)
                 for b in batches
             ]
             expectations = [s.expectation for s in expected]
@@ -53,6 +54,7 @@ class TestNumbers:
             assert row.cv == pytest.approx(np.mean([s.cv for s in expected]))
             assert row.swing.ratio == pytest.approx(max(expectations) / min(expectations))
         names = [row.name for row in found.methods]
+        assert {"prompt mean", "Balanced", "GRPO per prompt"} < set(names)
         assert names[-2:] == ["DeltaL(0.75)", "DeltaL(1.00)"]
         assert found.methods[-1].excess_noise == 1.0
 
@@ -69,6 +71,8 @@ class TestNumbers:
         found = diagnose(read_rollouts(tmp_path / "a.npy"))
         assert (found.exponent.source, found.exponent.beta) == ("assumed", 1.0)
         assert found.methods[0].swing is None
+        # Neither prompts nor rewards in the file: nothing that needs them is shown.
+        assert {row.method for row in found.methods} == set(theory.METHODS)
         assert found.advantages is None
         assert found.max_length == 9
 

@@ -19,8 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dl_norm
-from dl_norm.context_parallel import context_parallel_lengths
-from dl_norm.scaling import gradient_scale
+from dl_norm import context_parallel_lengths, gradient_scale
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)

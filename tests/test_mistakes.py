@@ -39,7 +39,9 @@ def call(impl="torch", **changes):
 def test_weights_of_16_bits_are_refused(dtype):
     """At M = 32,768 and 1,024 sequences most of them would be 0."""
     weights = dl_norm.sequence_weights(LENGTHS, max_length=5).to(dtype)
-    with pytest.raises(TypeError, match="weights must be float32 or float64.*underflow in 16 bits"):
+    with pytest.raises(
+        TypeError, match=r"weights must be float32 or float64.*underflow in 16 bits"
+    ):
         call(weights=weights)
 
 
@@ -132,7 +134,7 @@ def test_numbers_of_numpy(impl):
 
 
 def test_alpha_that_is_a_string_is_named():
-    with pytest.raises(TypeError, match="alpha must be a number, got str: '0.75'"):
+    with pytest.raises(TypeError, match=r"alpha must be a number, got str: '0.75'"):
         dl_norm.sequence_weights(LENGTHS, alpha="0.75", max_length=5)
 
 
@@ -149,7 +151,7 @@ def test_triton_without_triton(monkeypatch):
 
 
 def test_sparse_input():
-    with pytest.raises(TypeError, match="log_probs must be a dense tensor.*to_dense"):
+    with pytest.raises(TypeError, match=r"log_probs must be a dense tensor.*to_dense"):
         call(log_probs=torch.rand(3, 5).to_sparse())
 
 

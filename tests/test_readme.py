@@ -1,4 +1,4 @@
-"""Every code block of README.md is run, or names the test that covers it.
+"""Every code block of the READMEs is run, or names the test that covers it.
 
 A comment right before the fence says which:
 
@@ -35,8 +35,12 @@ BLOCK = re.compile(
     r"^```(?P<language>\w+)\n(?P<text>.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
-README = (ROOT / "README.md").read_text()
-BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
+PAGES = ("README.md", "dl_norm/weights/README.md")
+BLOCKS = [
+    match.groupdict() | {"page": page}
+    for page in PAGES
+    for match in BLOCK.finditer((ROOT / page).read_text())
+]
 NAMES = list(dict.fromkeys(block["what"] for block in BLOCKS if block["how"] == "run"))
 
 Namespace = Iterator[dict[str, Any]]
@@ -76,6 +80,7 @@ def test_contributing_names_every_module() -> None:
     named = {Path(name).name for name in re.findall(r"`([\w./]+\.(?:py|sh))`", text)}
     named |= {name for glob in re.findall(r"`(test_\w*\*\.py)`", text) for name in matching(glob)}
     paths = [*ROOT.glob("dl_norm/*.py"), *ROOT.glob("dl_norm/integrations/*.py")]
+    paths += ROOT.glob("dl_norm/weights/*.py")
     paths += [path for room in ("kernels", "bench", "tests") for path in ROOT.glob(f"{room}/*.py")]
     paths += [*ROOT.glob("ci/*.py"), *ROOT.glob("ci/*.sh")]
     assert {path.name for path in paths} - named <= {"__init__.py", "_version.py", "conftest.py"}
@@ -105,7 +110,7 @@ def run(block: dict[str, str], space: dict[str, Any]) -> None:
     if language == "diff":
         text = "".join(line[1:] + "\n" for line in text.splitlines() if not line.startswith("-"))
     if language in ("python", "diff"):
-        exec(compile(text, f"README.md: {block['what']}", "exec"), space)
+        exec(compile(text, f"{block['page']}: {block['what']}", "exec"), space)
     else:
         space["blocks"].append(parse(language, text))
 
@@ -174,6 +179,24 @@ def metrics(_) -> Namespace:
     with one_process():
         yield space
     assert space["metrics"].summary()["tokens"] == space["mask"].sum()
+
+
+@namespace
+def moving(_) -> Namespace:
+    space = tiny_batch()
+    space["lengths"] = space["mask"].sum(-1)
+    yield space
+    grpo = dl_norm.sequence_weights(space["lengths"], "grpo")
+    assert torch.allclose(space["weights"], grpo)  # of the batch that M was taken from
+
+
+@namespace
+def prompts(_) -> Namespace:
+    space = tiny_batch()
+    space |= {"lengths": space["mask"].sum(-1), "prompt_ids": torch.tensor([7, 7, 3, 3])}
+    space |= {"rewards": torch.tensor([0.0, 1.0, 1.0, 1.0]), "samples": 2}
+    yield space
+    assert (space["weights"] > 0).tolist() == [True, True, False, False]
 
 
 @namespace

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import dl_norm
-from dl_norm.context_parallel import context_parallel_lengths
-from dl_norm.group_sums import sum_over
-from dl_norm.scaling import gradient_scale
+from dl_norm import context_parallel_lengths, gradient_scale
+from dl_norm.weights.group_sums import sum_over
 
 WIDTH = 9
 SETTINGS = [
@@ -137,6 +137,19 @@ def test_half_given_information_is_refused(options, message):
 def test_wrong_types_are_refused(options):
     with pytest.raises(TypeError, match=r"must be an int|must be True or False"):
         gradient_scale(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As a configuration or a shape may hold them."""
+    given = {
+        "num_processes": np.int64(8),
+        "accumulation_steps": np.int32(3),
+        "micro_batches_per_generation": np.uint8(6),
+        "gradients_averaged": np.True_,
+        "loss_divided_by_accumulation": np.bool_(True),
+    }
+    scale = gradient_scale(**given)
+    assert scale == 48 and type(scale) is float
 
 
 def test_the_number_of_processes_has_no_default():

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import dl_norm
 
@@ -291,9 +294,159 @@ def test_lengths_of_a_wide_uint8_mask_do_not_wrap(device):
     assert dl_norm.sequence_lengths(mask).tolist() == [1000, 1000]
 
 
-def test_lengths_of_padded_input_need_a_mask():
-    with pytest.raises(ValueError, match="mask is required for padded input"):
-        dl_norm.sequence_lengths(None)
+BAD_MASKS = [
+    (None, ValueError, "mask is required for padded input"),
+    ([[1, 0]], TypeError, "mask must be a tensor, got list"),
+    (torch.ones(2, 2, dtype=torch.complex64), TypeError, "bool, integer or floating point"),
+    (torch.ones(5), ValueError, r"mask must be \(B, T\), or \(N,\) with cu_seqlens; got \(5,\)"),
+    (torch.ones(2, 3, 1), ValueError, r"mask must be \(B, T\).*got \(2, 3, 1\)"),
+    (torch.tensor([[0.0, -math.inf]]), ValueError, "got -inf: that is an additive attention mask"),
+    (torch.tensor([[7, -100]]), ValueError, "got -100: that is labels.*labels != -100"),
+    (torch.tensor([[1.0, math.nan]]), ValueError, "got nan: that is no mask"),
+    (torch.tensor([[1, -1]], dtype=torch.int8), ValueError, "got -1: that is no mask"),
+]
+
+
+@pytest.mark.parametrize(("mask", "error", "message"), BAD_MASKS)
+def test_sequence_lengths_refuses(mask, error, message):
+    with pytest.raises(error, match=message):
+        dl_norm.sequence_lengths(mask)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        with pytest.raises(error, match=message):
+            dl_norm.context_parallel_lengths(mask, "local")
+
+
+def test_a_padded_mask_is_no_packed_one():
+    with pytest.raises(ValueError, match=r"packed, \(N,\); got \(2, 3\).*reshape"):
+        dl_norm.sequence_lengths(torch.ones(2, 3), torch.tensor([0, 1, 2]))
+
+
+# -- how arguments lie in memory, and what a program sets around a call ---------------------------
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def laid_out(draw, tensor: torch.Tensor) -> torch.Tensor:
+    """The values of ``tensor`` (with one or two dimensions) as one of the views users have."""
+    layout = draw(st.sampled_from(["contiguous", "strided", "offset", "transposed", "expanded"]))
+    if layout == "strided":
+        return torch.stack([tensor, torch.zeros_like(tensor)], -1)[..., 0]
+    if layout == "offset":
+        return torch.cat([torch.zeros_like(tensor[:1]), tensor])[1:]
+    if layout == "transposed":
+        return tensor.mT.contiguous().mT if tensor.ndim == 2 else tensor[:, None].contiguous()[:, 0]
+    if layout == "expanded" and tensor.unique(dim=0).shape[0] == 1:
+        return tensor[:1].expand_as(tensor)
+    return tensor
+
+
+@st.composite
+def memory(draw):
+    """Arguments in one layout and dtype each, and the same contiguous, in int64 and float64."""
+    size = draw(st.integers(1, 6))
+    row = st.integers(0, 120)
+    constant = draw(st.booleans())  # can be an expanded view
+
+    def values(elements):
+        if constant:
+            return [draw(elements)] * size
+        return draw(st.lists(elements, min_size=size, max_size=size))
+
+    plain = {
+        "lengths": torch.tensor(values(row)),
+        "groups": torch.tensor(values(st.integers(0, 3))),
+        "advantages": torch.tensor(values(st.sampled_from([-2.0, 0.0, 0.5])), dtype=torch.float64),
+        "keep": torch.tensor(values(st.booleans())),
+        "mask": torch.tensor([values(st.integers(0, 1)) for _ in range(3)]).mT.contiguous(),
+    }
+    kinds = {"lengths": INTEGERS, "groups": INTEGERS, "keep": [torch.bool],
+             "advantages": FLOATS, "mask": [*INTEGERS, *FLOATS, torch.bool]}  # fmt: skip
+    views = {
+        name: laid_out(draw, tensor.to(draw(st.sampled_from(kinds[name]))))
+        for name, tensor in plain.items()
+    }
+    return plain, views
+
+
+@given(memory())
+def test_layouts_and_dtypes_change_no_bit(arguments):
+    plain, views = arguments
+
+    def results(lengths, groups, advantages, keep, mask):
+        yield dl_norm.sequence_weights(lengths, alpha=0.75, max_length=9, keep=keep)
+        yield dl_norm.sequence_weights(lengths, "prompt_mean", groups=groups)
+        yield dl_norm.sequence_weights(lengths, "balanced", groups=groups, advantages=advantages)
+        wide = advantages[:, None] * mask.to(advantages.dtype)
+        yield dl_norm.reweight_advantages(advantages.float(), lengths)
+        yield dl_norm.reweight_advantages(wide.float(), lengths)
+        yield dl_norm.sequence_lengths(mask)
+        yield dl_norm.context_parallel_lengths(mask, None)
+        if bool((lengths > 0).any()):
+            yield torch.tensor(dl_norm.reference_length(lengths))
+
+    copies = {name: tensor.clone() for name, tensor in views.items()}
+    for got, want in zip(results(**views), results(**plain), strict=True):
+        assert got.dtype == want.dtype and got.equal(want)
+    assert all(tensor.equal(copies[name]) for name, tensor in views.items())
+
+
+@given(st.data())
+def test_layouts_of_packed_masks(data):
+    mask = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=6, max_size=6)))
+    offsets = torch.tensor([0, 2, 2, 6])
+    want = [int(mask[:2].sum()), 0, int(mask[2:].sum())]
+    offsets = laid_out(
+        data.draw, offsets.to(data.draw(st.sampled_from([torch.int32, torch.int64])))
+    )
+    mask = laid_out(data.draw, mask.to(data.draw(st.sampled_from([torch.bool, *FLOATS]))))
+    assert dl_norm.sequence_lengths(mask, offsets).tolist() == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(dtype):
+    def results():
+        lengths, ids = torch.tensor([10, 100, 0, 1000]), torch.tensor([0, 0, 1, 2])
+        advantages = torch.tensor([0.1, -0.3, 0.0, 2.0], dtype=torch.float32)
+        for method in ("grpo", "dapo", "luspo"):
+            yield dl_norm.sequence_weights(lengths, method)
+        yield dl_norm.sequence_weights(lengths, alpha=0.75, max_length=3072)
+        yield dl_norm.sequence_weights(lengths, "balanced", groups=ids, advantages=advantages)
+        yield dl_norm.reweight_advantages(advantages, lengths, alpha=0.75)
+        yield torch.tensor(dl_norm.reference_length(lengths), dtype=torch.float64)
+
+    want = list(results())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = list(results())
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == other.dtype and one.equal(other)
+
+
+def test_numbers_of_numpy_are_numbers():
+    got = dl_norm.sequence_weights(LENGTHS, alpha=np.float32(0.75), max_length=np.int64(3072))
+    assert got.equal(dl_norm.sequence_weights(LENGTHS, alpha=0.75, max_length=3072))
+    advantages = torch.ones(2)
+    got = dl_norm.reweight_advantages(advantages, LENGTHS, alpha=np.int32(1))
+    assert got.equal(dl_norm.reweight_advantages(advantages, LENGTHS))
+    for wrong in (np.bool_(True), np.str_("1"), np.array([1.0])):
+        with pytest.raises(TypeError, match=r"alpha must be a .*number"):
+            dl_norm.sequence_weights(LENGTHS, alpha=wrong, max_length=8)
+
+
+def test_gradients_pass_through_reweighted_advantages():
+    advantages = torch.ones(3, requires_grad=True)
+    lengths = torch.tensor([10, 100, 1000])
+    dl_norm.reweight_advantages(advantages, lengths).sum().backward()
+    factors = dl_norm.reweight_advantages(torch.ones(3), lengths)
+    assert advantages.grad.equal(factors)
+    weights = dl_norm.sequence_weights(
+        lengths, "balanced", groups=torch.zeros(3, dtype=torch.int64), advantages=advantages
+    )
+    assert not weights.requires_grad
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -308,7 +461,7 @@ BAD_WEIGHTS = [
      r"\(G,\), got \(2, 3\).*mask.sum"),
     ({"lengths": torch.tensor(3)}, ValueError, r"\(G,\), got \(\)"),
     ({"lengths": torch.tensor([3, -1])}, ValueError, "lengths must be >= 0, got a negative"),
-    ({"method": "ppo"}, ValueError, "one of delta_l, grpo, dapo, dr_grpo, luspo; got 'ppo'"),
+    ({"method": "ppo"}, ValueError, "one of delta_l, grpo, dapo, .*balanced; got 'ppo'$"),
     ({"alpha": -0.1}, ValueError, "expected 0 <= alpha <= 16 and finite, got alpha=-0.1"),
     ({"alpha": 16.5}, ValueError, "expected 0 <= alpha <= 16 and finite, got alpha=16.5"),
     ({"alpha": math.nan}, ValueError, "finite, got alpha=nan"),

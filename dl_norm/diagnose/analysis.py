@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import theory
+from ..aggregations import AGGREGATIONS, Method
 from .columns import DEFAULTS, RolloutError
 from .rollouts import Rollouts
 from .values import MAX_LENGTH
@@ -40,7 +41,7 @@ class LengthSummary:
 class MethodSummary:
     """One aggregation; means over the batches."""
 
-    method: str
+    method: Method
     alpha: float | None  # of "delta_l"
     expectation: float  # E / grad J
     scaled_expectation: float  # M E / grad J
@@ -53,11 +54,8 @@ class MethodSummary:
     @property
     def name(self) -> str:
         """As in papers."""
-        if self.alpha is not None:
-            return f"DeltaL({self.alpha:.2f})"
-        return {"grpo": "GRPO", "dapo": "DAPO", "dr_grpo": "Dr. GRPO", "luspo": "LUSPO"}[
-            self.method
-        ]
+        label = AGGREGATIONS[self.method].label
+        return label if self.alpha is None else f"{label}({self.alpha:.2f})"
 
 
 @dataclass(frozen=True)
@@ -129,15 +127,15 @@ def diagnose(
     full = rollouts.lengths[rollouts.lengths > 0]
     if not len(full) or not full.max() <= MAX_LENGTH:
         raise RolloutError(f"lengths must lie in 0 to {MAX_LENGTH:,} tokens, not all of them 0")
-    batches = split_batches(rollouts, batch_size)
+    batches = [_take(rollouts, rows) for rows in batch_rows(rollouts, batch_size)]
     constant = float(full.max()) if max_length is None else float(max_length)
     exponent = _exponent(rollouts, beta, confidence, seed)
     best = theory.optimal_alpha(exponent.beta)
     # A paper's alpha that reads like the best one would be the same row twice.
     alphas = sorted([best, *(a for a in PAPER_ALPHAS if f"{a:.2f}" != f"{best:.2f}")])
-    choices = [(m, None) for m in theory.METHODS if m != "delta_l"]
-    choices += [("delta_l", alpha) for alpha in alphas]
-    methods = [_method(batches, m, a, exponent.beta, constant) for m, a in choices]
+    others = _methods_without_alpha(rollouts)
+    methods = [_method(batches, m, None, exponent.beta, constant) for m in others]
+    methods += [_method(batches, "delta_l", a, exponent.beta, constant) for a in alphas]
     least = next(row.cv for row in methods if row.alpha == best)
     sources = {kind: (rollouts.sources or {}).get(kind) for kind in SHOWN}
     if batch_size is not None:
@@ -157,21 +155,26 @@ def diagnose(
 
 def split_batches(rollouts: Rollouts, batch_size: int | None = None) -> list[NDArray[np.float64]]:
     """The lengths of each rollout batch; a batch without a token is left out."""
-    lengths = rollouts.lengths
+    return [rollouts.lengths[rows] for rows in batch_rows(rollouts, batch_size)]
+
+
+def batch_rows(rollouts: Rollouts, batch_size: int | None = None) -> list[NDArray[np.intp]]:
+    """Which responses each rollout batch has; a batch without a token is left out."""
+    rows = np.arange(len(rollouts))
     if batch_size is not None:
         if batch_size < 1:
             raise RolloutError(f"the batch size must be at least 1, got {batch_size}")
-        batch_size = min(batch_size, len(lengths))
-        ends = np.arange(batch_size, len(lengths), batch_size)
-        batches = np.split(lengths, ends)
+        batch_size = min(batch_size, len(rows))
+        ends = np.arange(batch_size, len(rows), batch_size)
+        batches = np.split(rows, ends)
         if len(batches) > 1 and len(batches[-1]) < batch_size:
             batches.pop()  # a remainder is no batch: its expectation would look like a swing
     elif rollouts.batches is not None:
         order = np.argsort(rollouts.batches, kind="stable")
-        batches = np.split(lengths[order], np.cumsum(np.bincount(rollouts.batches))[:-1])
+        batches = np.split(order, np.cumsum(np.bincount(rollouts.batches))[:-1])
     else:
-        batches = [lengths]
-    batches = [batch for batch in batches if (batch > 0).any()]
+        batches = [rows]
+    batches = [batch for batch in batches if (rollouts.lengths[batch] > 0).any()]
     if not batches:
         raise RolloutError(f"no batch of {batch_size} responses has a token")
     return batches
@@ -185,9 +188,13 @@ def squared_norms(rollouts: Rollouts) -> NDArray[np.float64] | None:
     squares = rollouts.norms**2
     if rollouts.advantages is None:
         return squares
-    # A mean over a group leaves rounding where every reward is the same.
-    signal = np.abs(rollouts.advantages) > 1e-9
+    signal = _signal(rollouts.advantages)
     return np.where(signal, squares / np.where(signal, rollouts.advantages, 1.0) ** 2, 0.0)
+
+
+def _signal(advantages: NDArray[np.float64]) -> NDArray[np.bool_]:
+    # A mean over a group leaves rounding where every reward is the same.
+    return np.abs(advantages) > 1e-9
 
 
 def _exponent(rollouts: Rollouts, beta: float | None, confidence: float, seed: int) -> Exponent:
@@ -216,7 +223,7 @@ def _exponent(rollouts: Rollouts, beta: float | None, confidence: float, seed: i
 
 def _notes(
     rollouts: Rollouts,
-    batches: list[NDArray[np.float64]],
+    batches: list[Rollouts],
     batch_size: int | None,
     beta: float,
     best: float,
@@ -249,20 +256,56 @@ def _notes(
     return notes
 
 
+def _take(rollouts: Rollouts, rows: NDArray[np.intp]) -> Rollouts:
+    """What the weights of these responses may depend on."""
+    groups, advantages = rollouts.groups, rollouts.advantages
+    if advantages is not None:
+        advantages = np.where(_signal(advantages), advantages, 0.0)[rows]
+    groups = None if groups is None else groups[rows]
+    return Rollouts(rollouts.lengths[rows], groups=groups, advantages=advantages)
+
+
+def _methods_without_alpha(rollouts: Rollouts) -> list[Method]:
+    """Those for which the file has what they need."""
+    return [
+        name
+        for name, row in AGGREGATIONS.items()
+        if not row.takes_alpha
+        and not (row.takes_groups and rollouts.groups is None)
+        and not (row.takes_advantages and rollouts.advantages is None)
+    ]
+
+
 def _method(
-    batches: list[NDArray[np.float64]],
-    method: str,
+    batches: list[Rollouts],
+    method: Method,
     alpha: float | None,
     beta: float,
     max_length: float,
 ) -> MethodSummary:
     exponent = 1.0 if alpha is None else alpha
     statistics = [
-        theory.method_statistics(batch, method, alpha=exponent, beta=beta, max_length=max_length)
+        theory.method_statistics(
+            batch.lengths,
+            method,
+            alpha=exponent,
+            beta=beta,
+            max_length=max_length,
+            groups=batch.groups,
+            advantages=batch.advantages,
+        )
         for batch in batches
     ]
     effective = [
-        theory.effective_sequences(theory.sequence_weights(batch, method, alpha=exponent))
+        theory.effective_sequences(
+            theory.sequence_weights(
+                batch.lengths,
+                method,
+                alpha=exponent,
+                groups=batch.groups,
+                advantages=batch.advantages,
+            )
+        )
         for batch in batches
     ]
     expectations = np.array([s.expectation for s in statistics])
@@ -299,7 +342,7 @@ def _advantage_summary(rollouts: Rollouts) -> AdvantageSummary | None:
     if rollouts.advantages is None:
         return None
     advantages, lengths = rollouts.advantages, rollouts.lengths
-    signal = (np.abs(advantages) > 1e-9) & (lengths > 0)
+    signal = _signal(advantages) & (lengths > 0)
     positive, negative = signal & (advantages > 0), signal & (advantages < 0)
     return AdvantageSummary(
         float(1 - signal.mean()),

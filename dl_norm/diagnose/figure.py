@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .. import theory
+from ..aggregations import AGGREGATIONS
 from .analysis import BETA_RANGE, Diagnosis, MethodSummary, split_batches, squared_norms
 from .rollouts import Rollouts
 
@@ -67,12 +68,13 @@ def _draw_weights(axes, full, diagnosis):
     grid = np.unique(np.geomspace(full.min(), full.max(), 60).round())
     # GRPO dashed on top: DeltaL(1) may lie on its line.
     for row in sorted(diagnosis.methods, key=lambda row: row.alpha is None):
-        if row.method in ("dapo", "luspo"):
-            continue  # equal weights, like Dr. GRPO
-        exponent = {"grpo": 1.0, "delta_l": row.alpha}.get(row.method, 0.0)
+        aggregation = AGGREGATIONS[row.method]
+        if row.method in ("dapo", "luspo") or aggregation.takes_groups:
+            continue  # equal weights, like Dr. GRPO; or no function of the length alone
+        exponent, _ = aggregation.exponents(row.alpha or 0.0)
         style = _style(row, diagnosis) or ("tab:cyan" if row.alpha == 1 else "tab:purple", "-")
         label = "DAPO, Dr. GRPO, LUSPO" if row.method == "dr_grpo" else row.name
-        weight = grid**-exponent / np.mean(full**-exponent)
+        weight = grid**exponent / np.mean(full**exponent)
         axes.plot(grid, weight, style[1], color=style[0], label=label)
     axes.set(title="Weight of a token", xlabel="length (tokens)", ylabel="weight / mean weight")
     axes.set(xscale="log", yscale="log")

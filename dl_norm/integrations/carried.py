@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import dl_norm
-from dl_norm.group_sums import Group, sum_over
 from dl_norm.metrics import PolicyLossMetrics
+from dl_norm.weights.group_sums import Group, sum_over
 
 
 def row_factors(lengths: Tensor, *, alpha: float = 1.0, group: Group = "local") -> Tensor:

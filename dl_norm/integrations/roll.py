@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dl_norm
-from dl_norm.scaling import gradient_scale
+from dl_norm.weights import gradient_scale
 
 from .carried import refuse, required
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import dl_norm
-from dl_norm.scaling import gradient_scale
+from dl_norm.weights import gradient_scale
 
 
 def delta_l_loss(

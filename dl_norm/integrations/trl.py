@@ -33,8 +33,8 @@ from torch import Tensor
 
 import dl_norm
 from dl_norm.linear import linear_policy_loss
-from dl_norm.scaling import gradient_scale
 from dl_norm.token_log_probs import token_log_probs
+from dl_norm.weights import gradient_scale
 
 _INSTALL = "pip install 'dl-norm[trl]'"
 try:

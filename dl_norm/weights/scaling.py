@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .checks import check_number
+import numpy as np
+
+from ..checks import check_number
 
 
 def gradient_scale(
@@ -76,7 +78,7 @@ def gradient_scale(
 
     The KL and entropy terms that share the weights take the same factor.
     """
-    _check_count(num_processes, "num_processes")
+    num_processes = _count(num_processes, "num_processes")
     _check_switch(gradients_averaged, "gradients_averaged")
     _check_switch(loss_divided_by_accumulation, "loss_divided_by_accumulation")
     if accumulation_steps is None:
@@ -90,9 +92,11 @@ def gradient_scale(
                 "step; without it the scale would be that of a single micro-batch"
             )
     else:
-        _check_count(accumulation_steps, "accumulation_steps")
+        accumulation_steps = _count(accumulation_steps, "accumulation_steps")
         if micro_batches_per_generation is not None:
-            _check_count(micro_batches_per_generation, "micro_batches_per_generation")
+            micro_batches_per_generation = _count(
+                micro_batches_per_generation, "micro_batches_per_generation"
+            )
         elif not loss_divided_by_accumulation:
             raise ValueError(
                 f"accumulation_steps={accumulation_steps} has no effect alone. If the weights "
@@ -104,15 +108,17 @@ def gradient_scale(
     reduction = num_processes if gradients_averaged else 1
     division = accumulation_steps or 1
     windows = (micro_batches_per_generation or division) / division
-    return reduction * windows * (division if loss_divided_by_accumulation else 1)
+    return float(reduction * windows * (division if loss_divided_by_accumulation else 1))
 
 
-def _check_count(value, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    check_number(value, name, f"{name} >= 1", lambda count: count >= 1)
+def _count(value, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    count = int(value)
+    check_number(count, name, f"{name} >= 1", lambda number: number >= 1)
+    return count
 
 
 def _check_switch(value, name: str) -> None:
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .checks import values_are_free
-from .group_sums import Group, sum_over
-from .weights import sequence_lengths
+from .group_sums import Group, check_same_count, is_spread, sum_over
+from .lengths import sequence_lengths
 
 
 def context_parallel_lengths(
@@ -43,25 +41,17 @@ def context_parallel_lengths(
         cu_seqlens: (G + 1,) offsets of this process's part of a packed stream; mask is optional.
 
     Returns:
-        (G,) int64 lengths, the same on every process of the group (one all-reduce of G numbers).
-        No host sync.
+        (G,) int64 lengths, the same on every process of the group (one all-reduce of G
+        numbers and one of three). No host sync on a CUDA device.
 
     Raises:
-        TypeError, ValueError: as :func:`sequence_weights` and :func:`sequence_lengths`; on the CPU
-            also ValueError if the processes disagree on G. On a GPU that would need a host sync.
+        TypeError, ValueError: as :func:`sequence_weights` and :func:`sequence_lengths`. ValueError
+            also if the processes disagree on G; on a CUDA device an assertion of the device.
     """
     lengths = sequence_lengths(mask, cu_seqlens)
-    if group not in (None, "local") and values_are_free(lengths):
-        _check_same_count(lengths.shape[0], group)
-    return sum_over(lengths, group)
-
-
-def _check_same_count(count: int, group: Group) -> None:
-    # The sums of 1, G and G^2 over the group: all equal exactly where the variance is 0.
-    processes, total, squares = sum_over(torch.tensor([1, count, count**2]), group).tolist()
-    if processes * squares != total**2:
-        raise ValueError(
-            f"the processes of the context group disagree on the number of sequences: {count} "
-            f"here, {total / processes:g} on average; each needs a row for every sequence of the "
-            "group, also for one without tokens there"
+    if is_spread(group):
+        remedy = (
+            "each needs a row for every sequence of the group, also for one without tokens there"
         )
+        check_same_count(lengths.shape[0], group, lengths.device, remedy)
+    return sum_over(lengths, group)
