@@ -76,7 +76,9 @@ def test_contributing_names_every_module() -> None:
     named = {Path(name).name for name in re.findall(r"`([\w./]+\.(?:py|sh))`", text)}
     named |= {name for glob in re.findall(r"`(test_\w*\*\.py)`", text) for name in matching(glob)}
     paths = [*ROOT.glob("dl_norm/*.py"), *ROOT.glob("dl_norm/integrations/*.py")]
-    paths += [path for room in ("kernels", "bench", "tests") for path in ROOT.glob(f"{room}/*.py")]
+    paths += [
+        path for room in ("dl_norm/kernels", "bench", "tests") for path in ROOT.glob(f"{room}/*.py")
+    ]
     paths += [*ROOT.glob("ci/*.py"), *ROOT.glob("ci/*.sh")]
     assert {path.name for path in paths} - named <= {"__init__.py", "_version.py", "conftest.py"}
     assert named <= {path.name for path in paths}, "files that are gone"
