@@ -1,7 +1,10 @@
 """The scripts of ci/ and the environments that they make; with a stand-in for python."""
 
+import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +21,9 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the script
 
 # A stand-in for python that writes its calls down. It answers `ci/missing.py` with what the file
 # `missing` holds and pip's list with a torch; `-m venv FOLDER` puts it there, in two steps with
-# the time in between that the file `slow` says. The environment works once `pip` is in it.
-PYTHON = """#!/bin/sh
+# the time in between that the file `slow` says. The environment works once `pip` is in it. pytest
+# leaves the file `report.xml` and the exit status of the file `status`.
+PYTHON = f"""#!/bin/sh
 [ "$1" = -c ] || echo "$*" >>calls
 case "$*" in
 "-m venv"*)
@@ -28,11 +32,18 @@ case "$*" in
     if [ -e slow ]; then sleep "$(cat slow)"; fi
     : >"$folder/pip" ;;
 "-m ensurepip") [ -e mendable ] && : >.venv/pip ;;
-"-c import importlib.metadata"*) [ -e .venv/pip ] ;;
+"-c import importlib.metadata"*) [ -e "$(dirname "$0")/../pip" ] ;;
 "-c import importlib.util"*) exit 1 ;;
 ci/missing.py*) cat missing ;;
 *" list "*) echo torch==2.12.0+cu130 ;;
 ci/python_version.py*) [ ! -e too-old ] ;;
+"-m pip index versions torch") echo "torch (2.99.1)"; echo "Available versions: 2.99.1, 2.8" ;;
+"-m pytest"*)
+    for argument; do
+        case "$argument" in --junitxml=*) cp report.xml "${{argument#*=}}" ;; esac
+    done
+    exit "$(cat status)" ;;
+ci/versions.py*) exec {sys.executable} "$@" ;;
 -V) echo Python 3 of the test ;;
 esac
 """
@@ -253,3 +264,75 @@ class TestArguments:
         options = [word.split('"')[0] for word in source.split('"--')[1:]]
         assert len(options) == 5
         assert all(f"#   --{option} " in usage for option in options)
+
+
+class TestVersions:
+    @pytest.fixture
+    def checkout(self, checkout):
+        """With what the script reads, and a test run of which a test and a fixture fail."""
+        shutil.copy(ROOT / "pyproject.toml", checkout)
+        (checkout / "bench" / "results").mkdir(parents=True)
+        (checkout / "missing").write_text("torch>=2\n")
+        (checkout / "report.xml").write_text(
+            '<testsuites><testsuite errors="1" failures="1" skipped="2" tests="9" time="61.7">'
+            '<testcase classname="tests.test_a" name="test_x[1]"><failure/></testcase>'
+            '<testcase classname="tests.test_b" name="test_y"><error/></testcase>'
+            '<testcase classname="tests.test_b" name="test_z"/></testsuite></testsuites>'
+        )
+        (checkout / "status").write_text("1")
+        return checkout
+
+    def run(self, checkout, *arguments, code):
+        done = subprocess.run(
+            ["bash", "ci/versions.sh", *arguments],
+            cwd=checkout,
+            env={**os.environ, "PYTHON": str(checkout / "python"), "TORCH": "torch==1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def test_oldest_and_newest_each_in_its_environment(self, checkout):
+        out = self.run(checkout, code=1)
+        project = (ROOT / "pyproject.toml").read_text()
+        torch, triton = (
+            re.search(rf'"{name}>=([\d.]+)', project).group(1) for name in ("torch", "triton")
+        )
+        oldest, newest = (f".venv-torch-{release}" for release in (torch, "2.99.1"))
+        assert calls(checkout, "-m venv") == [f"-m venv {oldest}", f"-m venv {newest}"]
+        installs = [
+            install.partition(" --constraint ")[2] for install in calls(checkout, "install")
+        ]
+        assert installs[0].endswith(f" torch=={torch} triton=={triton}; platform_system == 'Linux'")
+        assert installs[1].endswith(" torch==2.99.1")
+        (first, second) = calls(checkout, "-m pytest")
+        assert first == second and "--ignore-glob=*/test_verl*.py" in first
+        assert out.count("tests.test_a::test_x[1]") == out.count("tests.test_b::test_y") == 2
+        (file,) = (checkout / "bench" / "results").iterdir()
+        rows = json.loads(file.read_text())["rows"]
+        assert [rows[0][name] for name in ("passed", "failed", "skipped", "seconds")] == [
+            5,
+            2,
+            2,
+            62,
+        ]
+        assert rows[0]["torch"] == importlib.metadata.version("torch")
+        self.run(checkout, "newest", code=1)  # the same releases as before, by this stand-in
+        assert len(json.loads(file.read_text())["rows"]) == 1
+
+    def test_a_release_and_arguments_for_pytest(self, checkout):
+        (checkout / "status").write_text("0")
+        self.run(checkout, "2.98.0", "--", "-k", "some", code=0)
+        assert calls(checkout, "-m venv") == ["-m venv .venv-torch-2.98.0"]
+        assert calls(checkout, "-m pytest")[0].endswith(".xml -k some")
+        assert not list((checkout / "bench" / "results").iterdir()), "a part is no result"
+
+    def test_an_interrupted_run_ends_all(self, checkout):
+        (checkout / "status").write_text("2")
+        self.run(checkout, code=2)
+        assert len(calls(checkout, "-m pytest")) == 1
+
+    def test_what_it_does_not_know(self, checkout):
+        assert "not 'latest'" in self.run(checkout, "latest", code=2)
+        assert not (checkout / "calls").exists()
