@@ -20,7 +20,11 @@
 #       cut-cross-entropy==25.1.1
 # Exits 1 without a CUDA device or when a stage fails, 2 on a wrong argument.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+# shellcheck source=ci/env.sh
+source ci/env.sh
+help_if_asked "$@"
 
 STAGES=(tests sanitize bits bench logits linear step curves profile)
 for stage in "$@"; do
@@ -42,9 +46,7 @@ if [ -z "$PYTHON" ]; then
         fi
     done
 fi
-if [ -z "$PYTHON" ] && [ ! -e .venv ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    # shellcheck source=ci/env.sh
-    source ci/env.sh
+if [ -z "$PYTHON" ] && ! is_whole && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     ensure_env test,bench || exit 1 # sets PYTHON
 fi
 if [ -z "$PYTHON" ] || ! sees_gpu "$PYTHON"; then

@@ -9,7 +9,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+source ci/env.sh
+help_if_asked "$@"
+no_arguments "$@"
+
 ENV=.venv-skyrl
+lock "$ENV"
 TORCH="${TORCH:-torch==2.13.0}"
 recipe="skyrl==0.4.0 $TORCH"
 if [ "$(cat "$ENV/recipe" 2>/dev/null)" = "$recipe" ]; then

@@ -11,9 +11,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PYTHON="${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 )}"
+source ci/env.sh
+help_if_asked "$@"
+no_arguments "$@"
+
+PYTHON="${PYTHON:-$(python_at_hand)}"
 WHEELS=(openrlhf==0.11.2 areal==1.0.4 skyrl==0.4.0)
 TARGET=.venv-trainers
+lock "$TARGET"
 if [ "$(cat "$TARGET/recipe" 2>/dev/null)" = "${WHEELS[*]}" ]; then
     echo "trainers: $TARGET is ready"
     exit 0

@@ -10,7 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PYTHON="${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 )}"
+source ci/env.sh
+help_if_asked "$@"
+no_arguments "$@"
+
+PYTHON="${PYTHON:-$(python_at_hand)}"
 ENV=.venv-verl
 PACKAGES=(
     verl==0.9.1
@@ -20,6 +24,7 @@ PACKAGES=(
     codetiming peft==0.21.2
 )
 
+lock "$ENV"
 base="$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 recipe="$("$PYTHON" -V) $base ${PACKAGES[*]}"
 if [ "$(cat "$ENV/recipe" 2>/dev/null)" = "$recipe" ]; then

@@ -39,9 +39,7 @@ def call(impl="torch", **changes):
 def test_weights_of_16_bits_are_refused(dtype):
     """At M = 32,768 and 1,024 sequences most of them would be 0."""
     weights = dl_norm.sequence_weights(LENGTHS, max_length=5).to(dtype)
-    with pytest.raises(
-        TypeError, match=r"weights must be float32 or float64.*underflow in 16 bits"
-    ):
+    with pytest.raises(TypeError, match=r"weights must be .* they underflow in 16 bits"):
         call(weights=weights)
 
 

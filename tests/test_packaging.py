@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE"} | {
     "kernels", "dl_norm", "bench", "tests", "ci",
 }  # fmt: skip
+# In an unpacked source distribution there is no link, and no kernels/ that it could lead to.
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "kernels").is_dir(), reason="not the sources that the distributions are made from"
+)
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
 
@@ -131,6 +135,28 @@ def test_the_sdist_holds_the_sources(built):
     assert {"pyproject.toml", "README.md", "LICENSE", "dl_norm/py.typed"} <= names
     assert {f"dl_norm/kernels/{name}" for name in KERNELS} <= names
     assert not any(name.startswith(".venv") for name in names)
+    # What the tests and documents are made of and read, whole: tests/conftest.py to bench/results.
+    for folder in ("tests", "bench", "ci"):
+        files = {path for path in (ROOT / folder).rglob("*") if path.is_file()}
+        files = {path for path in files if "__pycache__" not in path.parts}
+        assert {str(path.relative_to(ROOT)) for path in files} <= names
+    assert not any("__pycache__" in name or name.endswith(".pyc") for name in names)
+
+
+def test_the_tests_run_in_an_unpacked_sdist(built, tmp_path):
+    """All of them are collected, and some pass, with the package that lies beside them."""
+    with tarfile.open(built[0]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    pytest_quietly = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    collected = run(*pytest_quietly, "--collect-only", cwd=folder)
+    modules = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert all(f"tests/{name}::" in collected for name in modules)
+    (folder / "tests" / "test_where.py").write_text(
+        "import dl_norm\n\ndef test_where():\n"
+        f"    assert dl_norm.__file__ == {str(folder / 'dl_norm' / '__init__.py')!r}\n"
+    )
+    run(*pytest_quietly, "tests/test_where.py", "tests/test_weights.py", cwd=folder)
 
 
 def test_metadata(built):

