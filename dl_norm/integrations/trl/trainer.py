@@ -1,65 +1,22 @@
-"""TRL's GRPO trainer with the aggregations of this package.
-
-``DeltaLGRPOTrainer`` is ``trl.GRPOTrainer`` with one thing replaced: how the token losses of a
-batch become one number. TRL still generates, scores, computes advantages, log-probs, entropies and
-the reference's log-probs, and logs the same metrics under the same names. Use it as the original:
-
-    args = DeltaLGRPOConfig(output_dir="out", aggregation="delta_l", alpha=0.75)
-    DeltaLGRPOTrainer(model=..., reward_funcs=..., args=args, train_dataset=...).train()
-
-With ``fused_lm_head=True`` the loss goes from the last hidden states straight to their gradient
-(``dl_norm.linear_policy_loss``), mostly with three matrix products in the head instead of four.
-
-The weights of the sequences are computed once per generation batch, over all its sequences on all
-processes, right after generation, and travel with the sequences through TRL's shuffling and
-splitting. No micro-batch ever normalises by what it happens to see.
-
-TRL's other token losses are ``surrogate="cispo"`` and ``"sapo"``; its ratios of whole sequences and
-its "luspo" are there too. What TRL does beside the token loss is kept: the KL term (with or without
-its bias correction), asymmetric and two-sided clipping, vLLM's importance sampling correction,
-off-policy sequence masking, the high-entropy token mask, a constant entropy bonus and the
-load-balancing loss of mixtures of experts. What cannot be kept raises ValueError at construction.
-"""
+"""``trl.GRPOTrainer`` with the loss of this package: weights, hand-over, metrics."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from packaging.version import Version
+from accelerate.utils import is_peft_model
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 import dl_norm
-from dl_norm.linear import linear_policy_loss
-from dl_norm.scaling import gradient_scale
-from dl_norm.token_log_probs import token_log_probs
 
-_INSTALL = "pip install 'dl-norm[trl]'"
-try:
-    _TRL_VERSION = importlib.metadata.version("trl")
-except importlib.metadata.PackageNotFoundError as error:
-    raise ImportError(
-        f"dl_norm.integrations.trl needs the trl package, which is not installed: {_INSTALL}"
-    ) from error
-# The trainer overrides two private methods, so the range is the versions that were read and tested.
-if not Version("1.16") <= Version(_TRL_VERSION) < Version("1.17"):
-    raise ImportError(
-        f"dl_norm.integrations.trl needs trl>=1.16,<1.17, but trl {_TRL_VERSION} is installed: "
-        f"{_INSTALL}"
-    )
-
-from accelerate.utils import is_peft_model  # noqa: E402  (after the version is checked)
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
-from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
-from trl.trainer.utils import get_config_model_id  # noqa: E402
-
-from .trl_config import DeltaLGRPOConfig, check_options, policy_loss_options  # noqa: E402
-from .trl_fused import add_loss_head  # noqa: E402
-from .trl_metrics import MetricRecords, clip_record  # noqa: E402
-
-__all__ = ["DeltaLGRPOConfig", "DeltaLGRPOTrainer"]
+from .config import DeltaLGRPOConfig, check_options, policy_loss_options
+from .fused_head import add_loss_head
+from .metrics import MetricRecords, clip_record
 
 # Keys in TRL's batch dictionary
 SEQUENCE_WEIGHTS = "sequence_weights"  # (B,) weights
@@ -182,7 +139,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         accumulation_steps = self.current_gradient_accumulation_steps if train else 1
         # Gradients are averaged over processes and nobody divides by the accumulation steps:
         # GRPOTrainer sets `loss_is_scaled_for_ga`. An evaluation batch is used where it was made.
-        weights = inputs[SEQUENCE_WEIGHTS] * gradient_scale(
+        weights = inputs[SEQUENCE_WEIGHTS] * dl_norm.gradient_scale(
             num_processes=self.accelerator.num_processes,
             accumulation_steps=accumulation_steps,
             micro_batches_per_generation=self.args.steps_per_generation if train else 1,
@@ -295,7 +252,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         }
 
         def one_pass(hidden, weight, **head) -> Tensor:
-            result: Any = linear_policy_loss(
+            result: Any = dl_norm.linear_policy_loss(
                 hidden[:, rows], weight, ids,
                 **self._loss_arguments(inputs, mask, weights),
                 **head, **size, entropy=True, return_log_probs=True,
@@ -305,7 +262,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             return loss
 
         def two_passes(hidden, weight, **head) -> Tensor:
-            log_probs, entropies = token_log_probs(
+            log_probs, entropies = dl_norm.token_log_probs(
                 hidden[:, rows], ids, weight, mask=mask, **head, **size, entropy=True
             )
             leaf = log_probs.detach().requires_grad_(torch.is_grad_enabled())
@@ -317,7 +274,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             (grad,) = torch.autograd.grad(loss, leaf)
             tiny = torch.finfo(weights.dtype).tiny  # where the weight is 0, so is g
             advantages = -grad / weights.unsqueeze(1).clamp(min=tiny)
-            second: Any = linear_policy_loss(
+            second: Any = dl_norm.linear_policy_loss(
                 hidden[:, rows], weight, ids, None, advantages, mask, weights, **head, **size
             )
             return second
@@ -364,7 +321,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         ):
 
             def score(hidden, weight, *, ids=ids, attended=attended, **head) -> Tensor:
-                log_probs, entropies = token_log_probs(
+                log_probs, entropies = dl_norm.token_log_probs(
                     hidden[:, rows], ids[:, -logits_to_keep:], weight, entropy=True, **head,
                     mask=attended[:, -logits_to_keep:], compact=True,
                     chunk_size=self.args.fused_lm_head_chunk_size,
