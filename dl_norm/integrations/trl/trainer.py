@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from trl.trainer.utils import get_config_model_id
 import dl_norm
 
 from .config import DeltaLGRPOConfig, check_options, policy_loss_options
-from .fused_head import add_loss_head
+from .fused_head import add_loss_head, loss_of_gradient
 from .metrics import MetricRecords, clip_record
 
 # Keys in TRL's batch dictionary
@@ -88,7 +87,6 @@ class DeltaLGRPOTrainer(GRPOTrainer):
     def _fuse_head(self) -> None:
         refused = {
             "images or other non-text inputs": self._is_vlm,
-            "a load-balancing loss (set router_aux_loss_coef=0.0)": self.aux_loss_enabled,
             "DeepSpeed ZeRO stage 3 (use FSDP2)": is_deepspeed_zero3_enabled(),
         }
         for what, present in refused.items():
@@ -146,8 +144,8 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         )
         mask = _loss_mask(inputs)
         if self.args.fused_lm_head:
-            loss, log_probs, entropies = self._fused_loss(model, inputs, mask, weights)
-            aux_loss = entropy_mask = None
+            loss, log_probs, entropies, aux_loss = self._fused_loss(model, inputs, mask, weights)
+            entropy_mask = None
         else:
             log_probs, entropies, aux_loss = self._score(model, inputs)
             entropy_mask = (
@@ -237,8 +235,11 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             return None
         return self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
 
-    def _fused_loss(self, model, inputs, mask, weights) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss from the last hidden states; detached log-probs and entropies, (B, T) each.
+    def _fused_loss(
+        self, model, inputs, mask, weights
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The loss from the last hidden states; detached log-probs and entropies, (B, T) each; the
+        load-balancing loss of experts, or None.
 
         Where an option needs the current policy's log-probs or entropies before the loss of any
         token is known, the head's logits are computed twice: four matrix products, as elsewhere.
@@ -270,25 +271,21 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             outputs.extend([loss.detach(), log_probs, entropies])
             if not torch.is_grad_enabled():
                 return loss
-            # An on-policy loss of advantage -g/x and weight x has the gradient g at the log-prob.
             (grad,) = torch.autograd.grad(loss, leaf)
-            tiny = torch.finfo(weights.dtype).tiny  # where the weight is 0, so is g
-            advantages = -grad / weights.unsqueeze(1).clamp(min=tiny)
-            second: Any = dl_norm.linear_policy_loss(
-                hidden[:, rows], weight, ids, None, advantages, mask, weights, **head, **size
-            )
-            return second
+            return loss_of_gradient(hidden[:, rows], weight, ids, grad, mask, **head, **size)
 
         loss_head = two_passes if self._needs_log_probs_first() else one_pass
-        loss = self._run_model(
+        result = self._run_model(
             model,
             torch.cat([inputs["prompt_ids"], ids], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            loss_head,
+            loss_head=loss_head,
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
+        loss, aux_loss = result if self.aux_loss_enabled else (result, None)
         value, log_probs, entropies = outputs
         # The value in float32, whatever mixed precision makes of the output of a module.
-        return loss + (value - loss).detach(), log_probs, entropies
+        return loss + (value - loss).detach(), log_probs, entropies, aux_loss
 
     def _needs_log_probs_first(self) -> bool:
         return (
@@ -297,9 +294,9 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             or self.args.importance_sampling_level == "sequence"
         )
 
-    def _run_model(self, model, input_ids, attention_mask, loss_head: Callable) -> Tensor:
+    def _run_model(self, model, input_ids, attention_mask, **options) -> Any:
         with self.accelerator.autocast():
-            return model(input_ids=input_ids, attention_mask=attention_mask, loss_head=loss_head)
+            return model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *more, **options
@@ -329,7 +326,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
                 outputs.append((log_probs, entropies))
                 return log_probs
 
-            self._run_model(model, ids, attended, score)
+            self._run_model(model, ids, attended, loss_head=score)
         log_probs, entropies = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return log_probs, entropies, None
 
