@@ -24,10 +24,13 @@ load-balancing loss of mixtures of experts. What cannot be kept raises ValueErro
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 
 from packaging.version import Version
 
-_INSTALL = "pip install 'dl-norm[trl]'"
+_INSTALL = "pip install 'dl-norm[trl]' (TRL 1.16 needs Python 3.11 or newer; this is {}.{})".format(
+    *sys.version_info
+)
 try:
     _TRL_VERSION = importlib.metadata.version("trl")
 except importlib.metadata.PackageNotFoundError as error:

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 import dl_norm
 
-from .config import DeltaLGRPOConfig, check_options, policy_loss_options
+from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
 from .fused_head import add_loss_head, loss_of_gradient
 from .metrics import MetricRecords, clip_record
+
+logger = get_logger(__name__)
 
 # Keys in TRL's batch dictionary
 SEQUENCE_WEIGHTS = "sequence_weights"  # (B,) weights
@@ -81,6 +85,14 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         check_options(args)  # again: fields may have been changed since the config was built
         self._records = MetricRecords()
         super().__init__(model, reward_funcs, args, *more, **options)
+        if args.aggregation == "delta_l":
+            logger.warning_once(
+                "The loss is aggregated by DeltaL Normalization: aggregation='delta_l' with "
+                f"alpha={args.alpha:g} and M=max_completion_length={args.max_completion_length}. "
+                f"For TRL's default loss set aggregation={GRPOConfig.loss_type!r}."
+            )
+        for warning in warnings_of(args):
+            logger.warning(warning)
         if args.fused_lm_head:
             self._fuse_head()
 
