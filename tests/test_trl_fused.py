@@ -224,7 +224,7 @@ def test_on_policy_ratio_is_one(paths, tmp_path):
     inputs = trainer._prepare_inputs([prompts()[0]] * 4)
     assert inputs["loss_tokens"] == int(inputs["completion_mask"].sum())
     mask, weights = inputs["completion_mask"], inputs["sequence_weights"]
-    _, log_probs, *_ = trainer._fused_loss(trainer.model, inputs, mask, weights)
+    _, _, log_probs, *_ = trainer._fused_loss(trainer.model, inputs, mask, weights)
     # float32 logits up to 16: an ulp there is 1e-6
     assert (log_probs - inputs["old_per_token_logps"]).abs().max() < 4e-6
 

@@ -10,45 +10,111 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dl_norm import PolicyLossMetrics
+
 # (how values of micro-batches and processes become one, name) -> 0-dim tensor. "token_mean" and
 # "row_mean" are sums to be divided by the number of tokens or sequences.
 Record = dict[tuple[str, str], Tensor]
+# The minimum and the maximum over nothing
+LIMITS = math.inf, -math.inf
 
 
-def clip_record(ratio: Tensor, advantages: Tensor, mask: Tensor, args: Any) -> Record:
-    """What is behind TRL's clip metrics of a micro-batch, and the sizes that means need.
+def loss_record(
+    metrics: PolicyLossMetrics, log_probs: Tensor, inputs: dict[str, Any], mask: Tensor, args: Any
+) -> Record:
+    """What is behind TRL's metrics of the loss of a micro-batch, and the sizes that means need.
 
-    ratio: (B, T), or (B, 1) where it is one of whole sequences; advantages: (B,) or (B, T).
+    Sums over tokens are what the loss has counted on its way. TRL's extremes over sequences, and
+    its shares where the ratio is one of whole sequences, are not among them.
+
+    log_probs: (B, T) without gradient; inputs: TRL's batch; mask: (B, T); args: DeltaLGRPOConfig.
     """
-    lengths = mask.sum(dim=1)
-    record: Record = {
-        ("size", "tokens"): lengths.sum(),
-        ("size", "rows"): lengths.new_tensor(len(lengths)),
-    }
+    record: Record = {("size", "tokens"): metrics.tokens}
+    if args.beta != 0.0:
+        record["token_mean", "kl"] = metrics.kl_ref
+    if args.surrogate == "sapo":
+        return record
+    old_log_probs = inputs.get("old_per_token_logps")
+    log_ratio = None if old_log_probs is None else log_probs - old_log_probs
+    advantages = inputs["advantages"]
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    if args.delta is not None:
-        ratio = ratio.clamp(max=args.delta)
-
-    def mean_of(clipped: Tensor) -> tuple[str, Tensor, Tensor]:
-        """Kind of mean, its sum, and the mean of each sequence (NaN for one without tokens)."""
-        if clipped.size(1) == 1:
-            return "row_mean", clipped.sum(), clipped.squeeze(1).float()
-        counts = (clipped * mask).sum(dim=1)
-        return "token_mean", counts.sum(), counts / lengths
-
+    if args.importance_sampling_level == "sequence":
+        return record | _record_of_sequences(log_ratio, advantages, mask, args)
     if args.surrogate == "cispo":
-        kind, total, _ = mean_of((ratio > epsilon_high) & (advantages > 0))
-        record[kind, "cispo_clip_ratio"] = total
-    elif args.surrogate == "clip":
-        kind, low_total, low = mean_of((ratio < 1 - args.epsilon) & (advantages < 0))
-        kind, high_total, high = mean_of((ratio > 1 + epsilon_high) & (advantages > 0))
-        record[kind, "clip_ratio/low_mean"] = low_total
-        record[kind, "clip_ratio/high_mean"] = high_total
-        record[kind, "clip_ratio/region_mean"] = low_total + high_total
-        record["min", "clip_ratio/low_min"] = low.nan_to_num(nan=math.inf).amin()
-        record["max", "clip_ratio/high_max"] = high.nan_to_num(nan=-math.inf).amax()
-    return record
+        record["token_mean", "cispo_clip_ratio"] = metrics.clipped_high
+        return record
+    _, high = _bounds(args)
+    clipped_high = metrics.clipped_high if high < math.inf else torch.zeros_like(metrics.tokens)
+    record |= _means("token_mean", metrics.clipped_low, clipped_high)
+    if log_ratio is None:  # on-policy nothing is clipped
+        zero = torch.zeros_like(metrics.tokens)
+        low_min, high_max = (zero.where(metrics.tokens > 0, limit) for limit in LIMITS)
+        return record | _extremes(low_min, high_max)
+    lengths = mask.sum(dim=1)
+    shares = (
+        (clipped * mask).sum(dim=1) / lengths
+        for clipped in _clipped(log_ratio.exp(), advantages, args)
+    )
+    return record | _extremes_of(*shares)
+
+
+def _bounds(args: Any) -> tuple[float, float]:
+    """What TRL counts as clipped: below the first at A < 0, above the second at A > 0."""
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.surrogate == "cispo":
+        return -math.inf, epsilon_high
+    low, high = 1 - args.epsilon, 1 + epsilon_high
+    # TRL first cuts the ratio off at delta.
+    return low, math.inf if args.delta is not None and args.delta <= high else high
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, args: Any) -> tuple[Tensor, Tensor]:
+    """Bool tensors of the broadcast shape of both. What is masked may hold anything."""
+    low, high = _bounds(args)
+    return (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+
+
+def _record_of_sequences(
+    log_ratio: Tensor | None, advantages: Tensor, mask: Tensor, args: Any
+) -> Record:
+    """Shares of all sequences, empty ones included; of tokens if advantages are (B, T)."""
+    lengths = mask.sum(dim=1, keepdim=True)
+    if log_ratio is None:
+        ratio = torch.ones_like(lengths, dtype=torch.float32)
+    else:
+        log_ratio = log_ratio.masked_fill(mask == 0, 0.0)
+        ratio = (log_ratio.sum(dim=1, keepdim=True) / lengths.clamp(min=1)).exp()
+    low, high = _clipped(ratio, advantages, args)
+    if high.size(1) == 1:
+        kind, shares = "row_mean", (low.squeeze(1).float(), high.squeeze(1).float())
+        totals = [share.sum() for share in shares]
+    else:
+        counts = [(clipped * mask).sum(dim=1) for clipped in (low, high)]
+        kind, shares = "token_mean", [count / lengths.squeeze(1) for count in counts]
+        totals = [count.sum() for count in counts]
+    record: Record = {("size", "rows"): lengths.new_tensor(len(lengths))}
+    if args.surrogate == "cispo":
+        record[kind, "cispo_clip_ratio"] = totals[1]
+        return record
+    return record | _means(kind, *totals) | _extremes_of(*shares)
+
+
+def _means(kind: str, low: Tensor, high: Tensor) -> Record:
+    return {
+        (kind, "clip_ratio/low_mean"): low,
+        (kind, "clip_ratio/high_mean"): high,
+        (kind, "clip_ratio/region_mean"): low + high,
+    }
+
+
+def _extremes_of(low: Tensor, high: Tensor) -> Record:
+    """Of (B,) shares, NaN for a sequence without tokens."""
+    at_most, at_least = LIMITS
+    return _extremes(low.nan_to_num(nan=at_most).amin(), high.nan_to_num(nan=at_least).amax())
+
+
+def _extremes(low: Tensor, high: Tensor) -> Record:
+    return {("min", "clip_ratio/low_min"): low, ("max", "clip_ratio/high_max"): high}
 
 
 class MetricRecords:
@@ -69,7 +135,7 @@ class MetricRecords:
             return {}
         columns = {key: torch.stack([r[key] for r in records], dim=1) for key in records[0]}
         tokens = columns.pop(("size", "tokens")).sum(dim=0).clamp(min=1.0)
-        rows = columns.pop(("size", "rows")).sum(dim=0).clamp(min=1.0)
+        rows = columns.pop(("size", "rows"), tokens).sum(dim=0).clamp(min=1.0)
         reduce = {
             "token_mean": lambda values: values.sum(dim=0) / tokens,
             "row_mean": lambda values: values.sum(dim=0) / rows,

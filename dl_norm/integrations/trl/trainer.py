@@ -17,7 +17,7 @@ import dl_norm
 
 from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
 from .fused_head import add_loss_head, loss_of_gradient
-from .metrics import MetricRecords, clip_record
+from .metrics import MetricRecords, loss_record
 
 logger = get_logger(__name__)
 
@@ -156,22 +156,21 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         )
         mask = _loss_mask(inputs)
         if self.args.fused_lm_head:
-            loss, log_probs, entropies, aux_loss = self._fused_loss(model, inputs, mask, weights)
+            loss, metrics, log_probs, entropies, aux_loss = self._fused_loss(
+                model, inputs, mask, weights
+            )
             entropy_mask = None
         else:
             log_probs, entropies, aux_loss = self._score(model, inputs)
             entropy_mask = (
                 self._entropy_mask(entropies, mask) if self._entropy_bonus_enabled else None
             )
-            loss = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
+            loss, metrics = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
         log_probs = log_probs.detach()
         if train:
             self._show_callbacks(log_probs, mask, inputs)
-        ratio = self._ratio(log_probs, inputs, mask)
-        record = clip_record(ratio, inputs["advantages"], mask, self.args)
+        record = loss_record(metrics, log_probs, inputs, mask, self.args)
         record["token_mean", "entropy"] = (entropies.detach() * mask).sum()
-        if self.beta != 0.0:
-            record["token_mean", "kl"] = self._token_kl(log_probs, ratio, inputs, mask).sum()
         if self._entropy_bonus_enabled:
             # TRL logs the policy part without the division by accumulation_steps, "dapo" with it.
             undo = 1 if self.args.aggregation == "dapo" else accumulation_steps
@@ -193,12 +192,15 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             if show := getattr(callback, "on_policy_loss", None):
                 show(self, log_probs, mask, inputs)
 
-    def _loss_of_log_probs(self, log_probs, entropies, inputs, mask, weights) -> Tensor:
-        """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy."""
+    def _loss_of_log_probs(
+        self, log_probs, entropies, inputs, mask, weights
+    ) -> tuple[Tensor, dl_norm.PolicyLossMetrics]:
+        """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy; its metrics."""
         return dl_norm.policy_loss(
             log_probs,
             **self._loss_arguments(inputs, mask, weights),
             **self._drop_masks(log_probs.detach(), entropies, inputs, mask),
+            return_metrics=True,
         )
 
     def _loss_arguments(self, inputs, mask, weights) -> dict[str, Any]:
@@ -249,9 +251,9 @@ class DeltaLGRPOTrainer(GRPOTrainer):
 
     def _fused_loss(
         self, model, inputs, mask, weights
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The loss from the last hidden states; detached log-probs and entropies, (B, T) each; the
-        load-balancing loss of experts, or None.
+    ) -> tuple[Tensor, dl_norm.PolicyLossMetrics, Tensor, Tensor, Tensor | None]:
+        """The loss from the last hidden states; its metrics; detached log-probs and entropies,
+        (B, T) each; the load-balancing loss of experts, or None.
 
         Where an option needs the current policy's log-probs or entropies before the loss of any
         token is known, the head's logits are computed twice: four matrix products, as elsewhere.
@@ -268,10 +270,10 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             result: Any = dl_norm.linear_policy_loss(
                 hidden[:, rows], weight, ids,
                 **self._loss_arguments(inputs, mask, weights),
-                **head, **size, entropy=True, return_log_probs=True,
+                **head, **size, entropy=True, return_log_probs=True, return_metrics=True,
             )  # fmt: skip
             loss, seen = result
-            outputs.extend([loss.detach(), seen.log_probs, seen.entropy])
+            outputs.extend([loss.detach(), seen.metrics, seen.log_probs, seen.entropy])
             return loss
 
         def two_passes(hidden, weight, **head) -> Tensor:
@@ -279,8 +281,8 @@ class DeltaLGRPOTrainer(GRPOTrainer):
                 hidden[:, rows], ids, weight, mask=mask, **head, **size, entropy=True
             )
             leaf = log_probs.detach().requires_grad_(torch.is_grad_enabled())
-            loss = self._loss_of_log_probs(leaf, entropies, inputs, mask, weights)
-            outputs.extend([loss.detach(), log_probs, entropies])
+            loss, metrics = self._loss_of_log_probs(leaf, entropies, inputs, mask, weights)
+            outputs.extend([loss.detach(), metrics, log_probs, entropies])
             if not torch.is_grad_enabled():
                 return loss
             (grad,) = torch.autograd.grad(loss, leaf)
@@ -295,9 +297,9 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
         loss, aux_loss = result if self.aux_loss_enabled else (result, None)
-        value, log_probs, entropies = outputs
+        value, metrics, log_probs, entropies = outputs
         # The value in float32, whatever mixed precision makes of the output of a module.
-        return loss + (value - loss).detach(), log_probs, entropies, aux_loss
+        return loss + (value - loss).detach(), metrics, log_probs, entropies, aux_loss
 
     def _needs_log_probs_first(self) -> bool:
         return (
@@ -366,21 +368,6 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in multimodal},
         )
-
-    def _ratio(self, log_probs, inputs, mask) -> Tensor:
-        """(B, T) ratio to the old policy, or (B, 1) of whole sequences; for the metrics."""
-        old_log_probs = inputs.get("old_per_token_logps")
-        old_log_probs = log_probs if old_log_probs is None else old_log_probs
-        log_ratio = (log_probs - old_log_probs).masked_fill(mask == 0, 0.0)
-        if self.args.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        return log_ratio.exp()
-
-    def _token_kl(self, log_probs, ratio, inputs, mask) -> Tensor:
-        """(B, T) KL to the reference as TRL logs it, 0 where masked."""
-        difference = (inputs["ref_per_token_logps"] - log_probs).masked_fill(mask == 0, 0.0)
-        kl = torch.exp(difference) - difference - 1
-        return kl * ratio if self.args.use_bias_correction_kl else kl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
