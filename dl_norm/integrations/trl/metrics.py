@@ -34,15 +34,16 @@ def loss_record(
         record["token_mean", "kl"] = metrics.kl_ref
     if args.surrogate == "sapo":
         return record
+    sequence_ratio = args.importance_sampling_level == "sequence"
+    if args.surrogate == "cispo" and not sequence_ratio:
+        record["token_mean", "cispo_clip_ratio"] = metrics.clipped_high
+        return record
     old_log_probs = inputs.get("old_per_token_logps")
     log_ratio = None if old_log_probs is None else log_probs - old_log_probs
     advantages = inputs["advantages"]
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-    if args.importance_sampling_level == "sequence":
+    if sequence_ratio:
         return record | _record_of_sequences(log_ratio, advantages, mask, args)
-    if args.surrogate == "cispo":
-        record["token_mean", "cispo_clip_ratio"] = metrics.clipped_high
-        return record
     _, high = _bounds(args)
     clipped_high = metrics.clipped_high if high < math.inf else torch.zeros_like(metrics.tokens)
     record |= _means("token_mean", metrics.clipped_low, clipped_high)

@@ -32,6 +32,11 @@ def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
+def _without_dim_of_one(values: Tensor) -> Tensor:
+    """(B,) if TRL's values are one per sequence, (B,) or (B, 1); (B, T) if they are per token."""
+    return values.squeeze(1) if values.dim() == 2 and values.size(1) == 1 else values
+
+
 def _generation_batch_weights(
     lengths: Tensor, aggregation: str, alpha: float, max_length: int | None
 ) -> Tensor:
@@ -207,11 +212,10 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         """What ``policy_loss`` and ``linear_policy_loss`` are told before log-probs are known."""
         rollout_weights = None
         if self.use_vllm and self.vllm_importance_sampling_correction:
-            ratio = inputs["importance_sampling_ratio"]  # (B, T), or (B, 1)
-            rollout_weights = ratio.squeeze(1) if ratio.size(1) == 1 else ratio
+            rollout_weights = _without_dim_of_one(inputs["importance_sampling_ratio"])
         return {
             "old_log_probs": inputs.get("old_per_token_logps"),  # None: on-policy, the ratio is 1
-            "advantages": inputs["advantages"],
+            "advantages": _without_dim_of_one(inputs["advantages"]),
             "mask": mask,
             "weights": weights,
             "ref_log_probs": inputs.get("ref_per_token_logps"),
@@ -226,9 +230,10 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             "sequence_mask": None,
         }
         if self.off_policy_mask_threshold is not None:
-            advantages = inputs["advantages"]
+            advantages = _without_dim_of_one(inputs["advantages"])
             per_sequence = advantages.dim() == 1
-            old_log_probs = inputs.get("old_per_token_logps", log_probs)
+            old_log_probs = inputs.get("old_per_token_logps")
+            old_log_probs = log_probs if old_log_probs is None else old_log_probs
             keep = self.get_off_policy_mask(
                 advantages=advantages.unsqueeze(1) if per_sequence else advantages,
                 per_token_logps=log_probs,
