@@ -108,7 +108,7 @@ class VarianceMonitor:
 
     With several processes pass each ``update`` what it sees and give ``summary`` the function
     that gathers: see there. For TRL there is
-    :class:`dl_norm.integrations.trl_monitor.VarianceMonitorCallback`.
+    :class:`dl_norm.integrations.trl.VarianceMonitorCallback`.
 
     Args:
         alpha: the exponent in use, for the noise of "delta_l".

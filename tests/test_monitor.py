@@ -263,12 +263,12 @@ needs_trl = pytest.mark.skipif(
 @needs_trl
 class TestCallback:
     def callback(self, **settings):
-        from dl_norm.integrations.trl_monitor import VarianceMonitorCallback
+        from dl_norm.integrations.trl import VarianceMonitorCallback
 
         return VarianceMonitorCallback(**settings)
 
     def test_prompt_ids(self):
-        from dl_norm.integrations.trl_monitor import prompt_ids
+        from dl_norm.integrations.trl.monitor import prompt_ids
 
         tokens = torch.tensor([[0, 5, 6], [5, 6, 7], [0, 5, 6], [0, 6, 5], [9, 5, 6]])
         mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 1, 1]])

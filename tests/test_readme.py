@@ -271,11 +271,11 @@ def trl(patch: pytest.MonkeyPatch) -> Namespace:
 
     def fused(*args: Any, **given: Any) -> Any:
         calls["linear_policy_loss"].append(given["weights"])
-        return dl_norm.linear_policy_loss(*args, **given)
+        return linear_policy_loss(*args, **given)
 
     def plain(*args: Any, **given: Any) -> Any:
         calls["policy_loss"].append(given["weights"])
-        return original(*args, **given)
+        return policy_loss(*args, **given)
 
     def remember(self: Any) -> None:
         before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -286,9 +286,9 @@ def trl(patch: pytest.MonkeyPatch) -> Namespace:
         weights = {name: list(seen) for name, seen in calls.items() if seen}
         runs.append((self.args, self.state.log_history[0]["loss"], moved, weights))
 
-    original = dl_norm.policy_loss
+    policy_loss, linear_policy_loss = dl_norm.policy_loss, dl_norm.linear_policy_loss
     patch.setattr(dl_norm, "policy_loss", plain)
-    patch.setattr(integration, "linear_policy_loss", fused)
+    patch.setattr(dl_norm, "linear_policy_loss", fused)
     patch.setattr(config, "__init__", lambda self, **o: make_config(self, **small, **o))
     patch.setattr(trainer, "train", remember)
     with tempfile.TemporaryDirectory() as folder, tiny.quiet(), tiny.one_thread():

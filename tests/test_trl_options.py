@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import math
-import platform
 import re
 import sys
 from pathlib import Path
@@ -23,7 +22,9 @@ from trl_tiny import build, prompts, reward, save_model
 
 from dl_norm.integrations import trl as integration
 from dl_norm.integrations.trl import DeltaLGRPOConfig, DeltaLGRPOTrainer
-from dl_norm.integrations.trl_config import REFUSED
+from dl_norm.integrations.trl.config import REFUSED, WITHOUT_EFFECT, warnings_of
+from dl_norm.integrations.trl.trainer import logger
+from dl_norm.options import SURROGATES
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_nothing_new_in_the_loss_of_trl():
     read = set(re.findall(r"self\.(?:args\.)?(\w+)", source))
     assert read == set(READ_BY_TRL.split())
     batch = set(re.findall(r'inputs(?:\.get\(|\[)"(\w+)"', source)) | {"tool_mask"}
-    ours = inspect.getsource(integration)
+    ours = inspect.getsource(inspect.getmodule(DeltaLGRPOTrainer))
     ignored = {"num_items_in_batch"}  # "dapo" has the token count of the generation batch in x
     assert {key for key in batch if f'"{key}"' not in ours} == ignored
 
@@ -131,13 +132,19 @@ def test_refused_options_raise_at_construction(config, name):
             dict(aggregation="mean"),
             "aggregation must be one of delta_l, grpo, dapo, dr_grpo, luspo",
         ),
-        (dict(alpha=-1.0), "alpha must be a finite number >= 0"),
-        (dict(alpha=math.nan), "alpha must be a finite number >= 0"),
+        *(
+            (dict(alpha=alpha), "alpha must be a number from 0 to 16")
+            for alpha in (-1, 17, math.nan)
+        ),
         (dict(aggregation="dapo", alpha=0.5), "alpha=0.5 has no meaning for aggregation='dapo'"),
         *(
             (dict(loss_type=loss_type), f"loss_type='{loss_type}' disagrees with aggregation")
-            for loss_type in ("bnpo", "cispo", "sapo", "luspo", "vespo", "dapo")
+            for loss_type in ("cispo", "sapo", "luspo", "dapo")
         ),
+        (dict(loss_type="delta_l"), "aggregation='delta_l', which is the default: leave loss_type"),
+        (dict(loss_type="bnpo"), "'bnpo' is not supported: it divides by the tokens of a micro-"),
+        (dict(loss_type="vespo"), "use surrogate='clip', 'cispo' or 'sapo'"),
+        (dict(loss_type="ppo"), "loss_type must be one of grpo, dapo, dr_grpo, luspo, cispo, sapo"),
         (dict(aggregation="grpo", loss_type="dapo"), "loss_type='dapo' disagrees"),
         (dict(max_completion_length=None), "max_completion_length=None, but aggregation"),
         (
@@ -148,15 +155,15 @@ def test_refused_options_raise_at_construction(config, name):
         (dict(epsilon=1.5), "epsilon, epsilon_high"),
         (dict(epsilon_high=-0.1), "epsilon, epsilon_high"),
         (dict(beta=-0.1), "expected beta >= 0"),
-        (dict(importance_sampling_level="word"), "must be 'token' or 'sequence'; got 'word'"),
-        (dict(surrogate="ppo"), "surrogate must be one of 'clip', 'cispo', 'sapo'"),
+        (dict(importance_sampling_level="word"), "must be one of token, sequence; got 'word'"),
+        (dict(surrogate="ppo"), "surrogate must be one of clip, cispo, sapo; got 'ppo'"),
         (dict(surrogate="cispo"), "needs epsilon_high, the upper bound of the ratio itself"),
         (dict(surrogate="cispo", epsilon_high=5.0, epsilon=0.1), "epsilon=0.1 has no effect"),
         (dict(surrogate="cispo", epsilon_high=5.0, delta=2.0), "delta=2.0 has no effect"),
-        (dict(surrogate="sapo", epsilon=0.1), "eps_low=0.1 has no effect"),
+        (dict(surrogate="sapo", epsilon=0.1), "epsilon=0.1 has no effect"),
         (dict(surrogate="sapo", delta=2.0), "delta=2.0 has no effect"),
         (dict(sapo_temperature_pos=0.9), "sapo_temperature_pos=0.9 has no effect"),
-        (dict(loss_type="cispo", surrogate="cispo", epsilon_high=5.0), "TRL's is aggregation="),
+        (dict(loss_type="cispo", surrogate="cispo", epsilon_high=5.0), "set aggregation='dapo'"),
         (dict(fused_lm_head=True, entropy_coef=0.1), "needs the gradient of the entropy"),
         (dict(fused_lm_head=True, fused_lm_head_chunk_size=0), "must be a positive int"),
         (dict(fused_lm_head_chunk_size=64), "fused_lm_head is False"),
@@ -181,6 +188,95 @@ def test_contradicting_options_raise_at_construction(config, options, message):
 )
 def test_consistent_options_are_accepted(config, options):
     config(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("alpha", "0.75", "a Python number"),
+        ("alpha", None, "a Python number"),
+        ("alpha", True, "a Python number"),
+        ("aggregation", None, "a string"),
+        ("surrogate", 1, "a string"),
+        ("loss_type", ["dapo"], "a string or None"),
+        ("fused_lm_head", "yes", "True or False"),
+        ("fused_lm_head", 1, "True or False"),
+        ("fused_lm_head_chunk_size", 64.0, "an int or None"),
+        ("fused_lm_head_chunk_size", True, "an int or None"),
+        ("epsilon", "0.2", "a Python number"),
+        ("epsilon_high", [0.2], "a Python number or None"),
+        ("beta", "0", "a Python number"),
+    ],
+)
+def test_wrong_types_raise_at_construction(config, name, value, wanted):
+    message = f"{name} must be {wanted}; got {value!r}, a {type(value).__name__}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        config(**{name: value})
+
+
+def test_every_field_of_ours_is_type_checked(config):
+    own = set(DeltaLGRPOConfig.__annotations__)
+    for name in own:
+        with pytest.raises(TypeError, match=rf"^{name} must be"):
+            config(**{name: object()})
+
+
+def test_every_surrogate_says_which_options_have_no_effect():
+    assert set(WITHOUT_EFFECT) == set(SURROGATES)
+    assert set().union(*WITHOUT_EFFECT.values()) <= set(FOLLOWED)
+
+
+def test_moving_from_a_loss_type_takes_one_error(config):
+    """What the message says, done, is accepted and is TRL's loss."""
+    options = dict(epsilon=0.3, delta=2.0, alpha=0.75)
+    with pytest.raises(ValueError) as error:
+        config(loss_type="cispo", **options)
+    assert "set aggregation='dapo', surrogate='cispo', epsilon_high=5.0 (or" in str(error.value)
+    assert str(error.value).endswith("and leave epsilon, delta, alpha unset")
+    config(loss_type="cispo", aggregation="dapo", surrogate="cispo", epsilon_high=5.0)
+    with pytest.raises(ValueError, match=r"surrogate='sapo', and leave epsilon_high unset$"):
+        config(loss_type="sapo", epsilon_high=0.3)
+    config(loss_type="sapo", aggregation="grpo", surrogate="sapo")
+
+
+SEQUENCE = dict(importance_sampling_level="sequence")
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        (dict(aggregation="dapo", **SEQUENCE), "each sequence is weighted by its length. For"),
+        (dict(aggregation="dr_grpo", **SEQUENCE), "each sequence is weighted by its length. For"),
+        (
+            dict(aggregation="dapo", surrogate="cispo", epsilon_high=5.0, **SEQUENCE),
+            "each sequence is weighted by its length. For",
+        ),
+        (dict(alpha=0.75, **SEQUENCE), "by its length to the power 0.25"),
+        (dict(aggregation="luspo"), "'luspo' belongs to importance_sampling_level='sequence'"),
+        (dict(aggregation="luspo", **SEQUENCE), None),
+        (dict(aggregation="grpo", **SEQUENCE), None),
+        (dict(**SEQUENCE), None),
+        (dict(alpha=0.75), None),
+        (dict(aggregation="dapo"), None),
+        (dict(aggregation="dapo", loss_type="dapo", **SEQUENCE), None),  # TRL warns then
+    ],
+)
+def test_warnings_that_trl_keys_on_loss_type(config, options, warning):
+    warnings = warnings_of(config(**options))
+    assert len(warnings) == (warning is not None)
+    assert all(warning in found for found in warnings)
+
+
+def test_the_trainer_says_what_it_does(model_path, tmp_path, caplog):
+    """That the default is DeltaL, once in a process; TRL's warnings, in every trainer."""
+    logger.warning_once.cache_clear()
+    for _ in range(2):
+        build(DeltaLGRPOTrainer, model_path, tmp_path)
+        build(DeltaLGRPOTrainer, model_path, tmp_path, aggregation="luspo")
+    said = [record.message for record in caplog.records if record.name == logger.name]
+    assert sum("aggregation='delta_l' with alpha=1 and M=max_completion" in m for m in said) == 1
+    assert sum("aggregation='luspo' belongs to" in m for m in said) == 2
+    assert len(said) == 3
 
 
 def test_options_are_checked_again_by_the_trainer(model_path, config):
@@ -213,8 +309,7 @@ def test_import_without_trl_names_the_extra(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", not_installed)
-    monkeypatch.setattr(platform, "python_version", lambda: "3.10.99")
-    message = "pip install 'dl-norm[trl]' (Python >= 3.11, this is 3.10.99)"  # as TRL 1.16 asks
+    message = "pip install 'dl-norm[trl]' (TRL 1.16 needs Python 3.11 or newer; this is 3."
     with pytest.raises(ImportError, match=re.escape(message)):
         import_again()
 

@@ -29,7 +29,7 @@ from transformers import (
     Qwen2ForCausalLM,
     TrainerCallback,
 )
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from dl_norm.integrations.trl import DeltaLGRPOConfig, DeltaLGRPOTrainer
 
@@ -208,6 +208,38 @@ def run(cls, path, directory, **options):
     return recorder.gradients, trainer.state.log_history
 
 
+_RUNS_OF_TRL: dict = {}
+
+
+def run_of_trl(key, path, directory, **options):
+    """``run`` of TRL's own trainer: once for all tests that compare with the run of this key."""
+    if key not in _RUNS_OF_TRL:
+        _RUNS_OF_TRL[key] = run(GRPOTrainer, path, directory, **options)
+    return _RUNS_OF_TRL[key]
+
+
+def assert_same_steps(ours, theirs, precision="float32", drift=1):
+    """Of two runs: the gradients of their optimizer steps, and their logs.
+
+    ``drift``: factor on the budget of all gradients but the first, which are taken where the first,
+    rounded, led.
+    """
+    gradients, logs = BUDGETS[precision]
+    assert len(ours[0]) == len(theirs[0]) > 0
+    for i, (got, wanted) in enumerate(zip(ours[0], theirs[0], strict=True)):
+        assert relative_error(got, wanted) < gradients * (drift if i else 1)
+    assert_same_logs(ours[1], theirs[1], **logs)
+
+
+# Of gradients, relative to the largest; of logs, which are float32 sums of up to 100 terms of order
+# 1, of which the loss is a difference. In bfloat16 our log-probs are TRL's, so that nothing differs
+# but what falls on the other side of a rounding.
+BUDGETS = {
+    "float32": (1e-5, dict(rel=1e-4, abs=2e-6)),
+    "default": (2**-8, dict(rel=2**-6, abs=1e-3)),
+}
+
+
 @contextlib.contextmanager
 def quiet():
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
@@ -228,7 +260,8 @@ def relative_error(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 # One reason each; together every option that the loss honours. "shows": metrics that have to be
 # positive somewhere in the run, or the setting would not reach what it is for.
 CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean")
-SETTINGS = {
+# How batches are cut and what is counted: what the weights of an aggregation have to follow
+CUTS = {
     "one micro-batch": dict(),
     "accumulation, window = generation batch": dict(gradient_accumulation_steps=2),
     "window = half a generation batch": dict(
@@ -241,6 +274,20 @@ SETTINGS = {
     "last window of the epoch is shorter": dict(
         gradient_accumulation_steps=3, steps_per_generation=1, rows=4
     ),
+    "tool tokens masked": dict(
+        rollouts=lambda p, t: fixed_rollouts(p, t, with_env_mask=True),
+        gradient_accumulation_steps=2,
+    ),
+    "truncated completions masked": dict(
+        mask_truncated_completions=True,
+        gradient_accumulation_steps=2,
+        num_generations=8,
+        shows=("completions/clipped_ratio",),
+    ),
+    "rewards scaled over the batch": dict(scale_rewards="batch", num_iterations=2),
+}
+# What becomes of one token: the same under every aggregation
+TOKEN_LOSSES = {
     "ratio away from 1, clipped on both sides": dict(
         num_iterations=3,
         max_steps=3,
@@ -256,16 +303,6 @@ SETTINGS = {
     ),
     "KL with bias correction": dict(
         beta=0.3, perturb=0.1, num_iterations=2, learning_rate=0.3, shows=("kl",)
-    ),
-    "tool tokens masked": dict(
-        rollouts=lambda p, t: fixed_rollouts(p, t, with_env_mask=True),
-        gradient_accumulation_steps=2,
-    ),
-    "truncated completions masked": dict(
-        mask_truncated_completions=True,
-        gradient_accumulation_steps=2,
-        num_generations=8,
-        shows=("completions/clipped_ratio",),
     ),
     "vLLM correction per token": dict(
         rollouts=lambda p, t: fixed_rollouts(p, t, with_logprobs=True),
@@ -287,8 +324,10 @@ SETTINGS = {
         shows=("entropy_coef", "entropy"),
     ),
     "off-policy mask": dict(off_policy_mask_threshold=0.01, num_iterations=2, learning_rate=0.5),
-    "rewards scaled over the batch": dict(scale_rewards="batch", num_iterations=2),
 }
+SETTINGS = {**CUTS, **TOKEN_LOSSES}
+# None: what TRL does where nothing is said, float32 weights under bfloat16 autocast
+PRECISIONS = {"float32": dict(bf16=False), "default": dict(bf16=None)}
 
 OFF_POLICY = dict(num_iterations=2, learning_rate=0.5, epsilon=0.05, gradient_accumulation_steps=2)
 KL = dict(beta=0.3, perturb=0.1)
@@ -354,11 +393,10 @@ VARIANTS = {
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 
-def assert_same_logs(ours, theirs):
+def assert_same_logs(ours, theirs, *, rel=1e-4, abs=2e-6):
     assert len(ours) == len(theirs)
     for got, wanted in zip(ours, theirs, strict=True):
         assert got.keys() == wanted.keys()
         for name in wanted.keys() - TIMES:
-            # float32 sums of up to 100 terms of order 1, of which the loss is a difference
-            same = pytest.approx(wanted[name], rel=1e-4, abs=2e-6, nan_ok=True)
+            same = pytest.approx(wanted[name], rel=rel, abs=abs, nan_ok=True)
             assert got[name] == same, name

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import dl_norm
-from dl_norm.options import PolicyLossOptions
+from dl_norm.options import make_token_loss
 
 
 class DeltaLLoss:
@@ -57,7 +57,7 @@ class DeltaLLoss:
             "eps_high": eps_low if eps_high is None else eps_high,
             "dual_clip": dual_clip,
         }
-        PolicyLossOptions(**self.options)  # bad values raise here, not in the first step
+        make_token_loss(**self.options)  # bad values raise here, not in the first step
         self._weights(torch.ones(1, dtype=torch.int64))
 
     def __call__(

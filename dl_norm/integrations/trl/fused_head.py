@@ -9,14 +9,17 @@ reduced by whoever shards them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+import dl_norm
 
 LossHead = Callable[..., Tensor]
 
@@ -65,7 +68,8 @@ def add_loss_head(model: Any, temperature: float, cast_to_fp32: bool = False) ->
 
     ``model(input_ids=..., attention_mask=..., loss_head=f)`` returns
     ``f(hidden, lm_head_weight, bias=..., temperature=..., logit_softcap=...)``: the last hidden
-    states (B, S, D), and arguments under the names of ``dl_norm.linear_policy_loss``.
+    states (B, S, D), and arguments under the names of ``dl_norm.linear_policy_loss``. With
+    ``output_router_logits=True`` it returns that and the load-balancing loss of the experts.
 
     Args:
         model: a transformers causal language model, not wrapped in PEFT or anything else.
@@ -89,11 +93,42 @@ def add_loss_head(model: Any, temperature: float, cast_to_fp32: bool = False) ->
             return original(*args, **kwargs)
         kwargs.pop("labels", None)  # PEFT passes it on as None
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        outputs = self.base_model(*args, **kwargs)
         # Looked up on every call: sharding replaces the head's parameters.
-        return _call_head(self.get_output_embeddings(), hidden, loss_head, options, cast_to_fp32)
+        head, hidden = self.get_output_embeddings(), outputs.last_hidden_state
+        loss = _call_head(head, hidden, loss_head, options, cast_to_fp32)
+        if not kwargs.get("output_router_logits"):
+            return loss
+        return loss, _load_balancing_loss(
+            outputs.router_logits, self.config.get_text_config(), kwargs.get("attention_mask")
+        )
 
     model.forward = types.MethodType(forward, model)
+
+
+def loss_of_gradient(
+    hidden: Tensor, lm_head_weight: Tensor, token_ids: Tensor, grad: Tensor, mask: Tensor, **head
+) -> Tensor:
+    """A loss with a given gradient at the log-probs, for gradients that are known only afterwards.
+
+    The 0-dim result has, at ``hidden`` and at the head, the gradient of
+    ``sum_t grad_t log pi(token_t)``; its value means nothing. On-policy, the policy loss of
+    advantage A and weight x has the gradient -A x at a log-prob, so this is one of A = -grad / x.
+    x is the largest entry of ``grad``, which float16 needs: the loss scales by its weights there.
+
+    Args:
+        hidden: (B, T, D). Row t predicts ``token_ids[t]``.
+        lm_head_weight: (V, D).
+        token_ids, mask: (B, T), as for ``dl_norm.linear_policy_loss``.
+        grad: (B, T) float32, 0 where masked.
+        head: its bias, temperature and other options of ``dl_norm.linear_policy_loss``.
+    """
+    largest = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny)
+    weights = largest.repeat(len(grad))
+    loss: Any = dl_norm.linear_policy_loss(
+        hidden, lm_head_weight, token_ids, None, -grad / largest, mask, weights, **head
+    )
+    return loss
 
 
 def _call_head(
@@ -125,6 +160,18 @@ def _call_head(
             head.forward = previous
 
 
+def _load_balancing_loss(router_logits: Any, config: Any, attention_mask: Tensor | None) -> Tensor:
+    """Of all experts of a model, as TRL takes it where it computes log-probs without logits."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    return cast(
+        Tensor,
+        load_balancing_loss_func(
+            router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+        ),
+    )
+
+
 def _text_config(model: Any) -> Any:
     config = model.config.get_text_config()
     if config is not model.config:
@@ -154,24 +201,42 @@ def _check_head(head: Any) -> None:
         )
 
 
+def _current_autocast(device_type: str) -> torch.autocast:
+    return torch.autocast(
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )
+
+
 @torch.no_grad()
 def _check_logits(model: Any, transform: LogitTransform) -> None:
     """The model's own logits of four tokens must be the transform of its head's."""
     head = model.get_output_embeddings()
     if head.weight.is_meta:  # not loaded on this process; the one that has the weights checks
         return
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
     ids = torch.arange(4, device=device)[None]
+    # Accelerate puts autocast into the forward of a reference model, but not into its base_model's.
+    inside: list[Any] = [contextlib.nullcontext()]
+    hook = embedding.register_forward_hook(
+        lambda *_: inside.__setitem__(0, _current_autocast(device.type))
+    )
     training = model.training
     model.eval()
     try:
         wanted = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        got = transform(head(hidden.to(head.weight.device)).float())
+        with inside[0]:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = head(hidden.to(head.weight.device))
     finally:
+        hook.remove()
         model.train(training)
-    # The same products in the same dtype; only the transform may have been rounded in between.
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 0.05
+    # The same products in the same dtype; only the transform may have been rounded in between, at
+    # most four times: scale, division by the softcap, tanh, multiplication.
+    tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    got = transform(logits.float())
     error = (got - wanted.to(got.device)).abs().max() / wanted.abs().max().clamp(min=1e-30)
     if not error <= tolerance:
         raise ValueError(

@@ -13,16 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
-from ..monitor import VarianceMonitor
-
-try:
-    from transformers import TrainerCallback
-except ImportError as error:
-    raise ImportError(
-        "dl_norm.integrations.trl_monitor needs transformers, which is not installed: "
-        "pip install 'dl-norm[trl]'"
-    ) from error
+from dl_norm.monitor import VarianceMonitor
 
 __all__ = ["VarianceMonitorCallback"]
 

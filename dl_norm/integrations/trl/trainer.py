@@ -1,66 +1,26 @@
-"""TRL's GRPO trainer with the aggregations of this package.
-
-``DeltaLGRPOTrainer`` is ``trl.GRPOTrainer`` with one thing replaced: how the token losses of a
-batch become one number. TRL still generates, scores, computes advantages, log-probs, entropies and
-the reference's log-probs, and logs the same metrics under the same names. Use it as the original:
-
-    args = DeltaLGRPOConfig(output_dir="out", aggregation="delta_l", alpha=0.75)
-    DeltaLGRPOTrainer(model=..., reward_funcs=..., args=args, train_dataset=...).train()
-
-With ``fused_lm_head=True`` the loss goes from the last hidden states straight to their gradient
-(``dl_norm.linear_policy_loss``), mostly with three matrix products in the head instead of four.
-
-The weights of the sequences are computed once per generation batch, over all its sequences on all
-processes, right after generation, and travel with the sequences through TRL's shuffling and
-splitting. No micro-batch ever normalises by what it happens to see.
-
-TRL's other token losses are ``surrogate="cispo"`` and ``"sapo"``; its ratios of whole sequences and
-its "luspo" are there too. What TRL does beside the token loss is kept: the KL term (with or without
-its bias correction), asymmetric and two-sided clipping, vLLM's importance sampling correction,
-off-policy sequence masking, the high-entropy token mask, a constant entropy bonus and the
-load-balancing loss of mixtures of experts. What cannot be kept raises ValueError at construction.
-"""
+"""``trl.GRPOTrainer`` with the loss of this package: weights, hand-over, metrics."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from packaging.version import Version
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 import dl_norm
-from dl_norm.linear import linear_policy_loss
-from dl_norm.token_log_probs import token_log_probs
-from dl_norm.weights import gradient_scale
+from dl_norm.aggregations import Method
 
-_INSTALL = f"pip install 'dl-norm[trl]' (Python >= 3.11, this is {platform.python_version()})"
-try:
-    _TRL_VERSION = importlib.metadata.version("trl")
-except importlib.metadata.PackageNotFoundError as error:
-    raise ImportError(
-        f"dl_norm.integrations.trl needs the trl package, which is not installed: {_INSTALL}"
-    ) from error
-# The trainer overrides two private methods, so the range is the versions that were read and tested.
-if not Version("1.16") <= Version(_TRL_VERSION) < Version("1.17"):
-    raise ImportError(
-        f"dl_norm.integrations.trl needs trl>=1.16,<1.17, but trl {_TRL_VERSION} is installed: "
-        f"{_INSTALL}"
-    )
+from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
+from .fused_head import add_loss_head, loss_of_gradient
+from .metrics import MetricRecords, loss_record
 
-from accelerate.utils import is_peft_model  # noqa: E402  (after the version is checked)
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # noqa: E402
-from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
-from trl.trainer.utils import get_config_model_id  # noqa: E402
-
-from .trl_config import DeltaLGRPOConfig, check_options, policy_loss_options  # noqa: E402
-from .trl_fused import add_loss_head  # noqa: E402
-from .trl_metrics import MetricRecords, clip_record  # noqa: E402
-
-__all__ = ["DeltaLGRPOConfig", "DeltaLGRPOTrainer"]
+logger = get_logger(__name__)
 
 # Keys in TRL's batch dictionary
 SEQUENCE_WEIGHTS = "sequence_weights"  # (B,) weights
@@ -73,8 +33,13 @@ def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
+def _without_dim_of_one(values: Tensor) -> Tensor:
+    """(B,) if TRL's values are one per sequence, (B,) or (B, 1); (B, T) if they are per token."""
+    return values.squeeze(1) if values.dim() == 2 and values.size(1) == 1 else values
+
+
 def _generation_batch_weights(
-    lengths: Tensor, aggregation: str, alpha: float, max_length: int | None
+    lengths: Tensor, aggregation: Method, alpha: float, max_length: int | None
 ) -> Tensor:
     """(G,) weights of all sequences of a generation batch from their (G,) lengths.
 
@@ -126,13 +91,20 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         check_options(args)  # again: fields may have been changed since the config was built
         self._records = MetricRecords()
         super().__init__(model, reward_funcs, args, *more, **options)
+        if args.aggregation == "delta_l":
+            logger.warning_once(
+                "The loss is aggregated by DeltaL Normalization: aggregation='delta_l' with "
+                f"alpha={args.alpha:g} and M=max_completion_length={args.max_completion_length}. "
+                f"For TRL's default loss set aggregation={GRPOConfig.loss_type!r}."
+            )
+        for warning in warnings_of(args):
+            logger.warning(warning)
         if args.fused_lm_head:
             self._fuse_head()
 
     def _fuse_head(self) -> None:
         refused = {
             "images or other non-text inputs": self._is_vlm,
-            "a load-balancing loss (set router_aux_loss_coef=0.0)": self.aux_loss_enabled,
             "DeepSpeed ZeRO stage 3 (use FSDP2)": is_deepspeed_zero3_enabled(),
         }
         for what, present in refused.items():
@@ -151,7 +123,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         local = _loss_mask(batch).sum(dim=1)
         weights = _generation_batch_weights(
             self.accelerator.gather(local),
-            self.args.aggregation,
+            cast(Method, self.args.aggregation),
             self.args.alpha,
             self.max_completion_length,
         )
@@ -183,29 +155,28 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         accumulation_steps = self.current_gradient_accumulation_steps if train else 1
         # Gradients are averaged over processes and nobody divides by the accumulation steps:
         # GRPOTrainer sets `loss_is_scaled_for_ga`. An evaluation batch is used where it was made.
-        weights = inputs[SEQUENCE_WEIGHTS] * gradient_scale(
+        weights = inputs[SEQUENCE_WEIGHTS] * dl_norm.gradient_scale(
             num_processes=self.accelerator.num_processes,
             accumulation_steps=accumulation_steps,
             micro_batches_per_generation=self.args.steps_per_generation if train else 1,
         )
         mask = _loss_mask(inputs)
         if self.args.fused_lm_head:
-            loss, log_probs, entropies = self._fused_loss(model, inputs, mask, weights)
-            aux_loss = entropy_mask = None
+            loss, metrics, log_probs, entropies, aux_loss = self._fused_loss(
+                model, inputs, mask, weights
+            )
+            entropy_mask = None
         else:
             log_probs, entropies, aux_loss = self._score(model, inputs)
             entropy_mask = (
                 self._entropy_mask(entropies, mask) if self._entropy_bonus_enabled else None
             )
-            loss = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
+            loss, metrics = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
         log_probs = log_probs.detach()
         if train:
             self._show_callbacks(log_probs, mask, inputs)
-        ratio = self._ratio(log_probs, inputs, mask)
-        record = clip_record(ratio, inputs["advantages"], mask, self.args)
+        record = loss_record(metrics, log_probs, inputs, mask, self.args)
         record["token_mean", "entropy"] = (entropies.detach() * mask).sum()
-        if self.beta != 0.0:
-            record["token_mean", "kl"] = self._token_kl(log_probs, ratio, inputs, mask).sum()
         if self._entropy_bonus_enabled:
             # TRL logs the policy part without the division by accumulation_steps, "dapo" with it.
             undo = 1 if self.args.aggregation == "dapo" else accumulation_steps
@@ -227,23 +198,25 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             if show := getattr(callback, "on_policy_loss", None):
                 show(self, log_probs, mask, inputs)
 
-    def _loss_of_log_probs(self, log_probs, entropies, inputs, mask, weights) -> Tensor:
-        """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy."""
+    def _loss_of_log_probs(
+        self, log_probs, entropies, inputs, mask, weights
+    ) -> tuple[Tensor, dl_norm.PolicyLossMetrics]:
+        """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy; its metrics."""
         return dl_norm.policy_loss(
             log_probs,
             **self._loss_arguments(inputs, mask, weights),
             **self._drop_masks(log_probs.detach(), entropies, inputs, mask),
+            return_metrics=True,
         )
 
     def _loss_arguments(self, inputs, mask, weights) -> dict[str, Any]:
         """What ``policy_loss`` and ``linear_policy_loss`` are told before log-probs are known."""
         rollout_weights = None
         if self.use_vllm and self.vllm_importance_sampling_correction:
-            ratio = inputs["importance_sampling_ratio"]  # (B, T), or (B, 1)
-            rollout_weights = ratio.squeeze(1) if ratio.size(1) == 1 else ratio
+            rollout_weights = _without_dim_of_one(inputs["importance_sampling_ratio"])
         return {
             "old_log_probs": inputs.get("old_per_token_logps"),  # None: on-policy, the ratio is 1
-            "advantages": inputs["advantages"],
+            "advantages": _without_dim_of_one(inputs["advantages"]),
             "mask": mask,
             "weights": weights,
             "ref_log_probs": inputs.get("ref_per_token_logps"),
@@ -258,9 +231,10 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             "sequence_mask": None,
         }
         if self.off_policy_mask_threshold is not None:
-            advantages = inputs["advantages"]
+            advantages = _without_dim_of_one(inputs["advantages"])
             per_sequence = advantages.dim() == 1
-            old_log_probs = inputs.get("old_per_token_logps", log_probs)
+            old_log_probs = inputs.get("old_per_token_logps")
+            old_log_probs = log_probs if old_log_probs is None else old_log_probs
             keep = self.get_off_policy_mask(
                 advantages=advantages.unsqueeze(1) if per_sequence else advantages,
                 per_token_logps=log_probs,
@@ -281,8 +255,11 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             return None
         return self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
 
-    def _fused_loss(self, model, inputs, mask, weights) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss from the last hidden states; detached log-probs and entropies, (B, T) each.
+    def _fused_loss(
+        self, model, inputs, mask, weights
+    ) -> tuple[Tensor, dl_norm.PolicyLossMetrics, Tensor, Tensor, Tensor | None]:
+        """The loss from the last hidden states; its metrics; detached log-probs and entropies,
+        (B, T) each; the load-balancing loss of experts, or None.
 
         Where an option needs the current policy's log-probs or entropies before the loss of any
         token is known, the head's logits are computed twice: four matrix products, as elsewhere.
@@ -296,43 +273,39 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         }
 
         def one_pass(hidden, weight, **head) -> Tensor:
-            result: Any = linear_policy_loss(
+            result: Any = dl_norm.linear_policy_loss(
                 hidden[:, rows], weight, ids,
                 **self._loss_arguments(inputs, mask, weights),
-                **head, **size, entropy=True, return_log_probs=True,
+                **head, **size, entropy=True, return_log_probs=True, return_metrics=True,
             )  # fmt: skip
             loss, seen = result
-            outputs.extend([loss.detach(), seen.log_probs, seen.entropy])
+            outputs.extend([loss.detach(), seen.metrics, seen.log_probs, seen.entropy])
             return loss
 
         def two_passes(hidden, weight, **head) -> Tensor:
-            log_probs, entropies = token_log_probs(
+            log_probs, entropies = dl_norm.token_log_probs(
                 hidden[:, rows], ids, weight, mask=mask, **head, **size, entropy=True
             )
             leaf = log_probs.detach().requires_grad_(torch.is_grad_enabled())
-            loss = self._loss_of_log_probs(leaf, entropies, inputs, mask, weights)
-            outputs.extend([loss.detach(), log_probs, entropies])
+            loss, metrics = self._loss_of_log_probs(leaf, entropies, inputs, mask, weights)
+            outputs.extend([loss.detach(), metrics, log_probs, entropies])
             if not torch.is_grad_enabled():
                 return loss
-            # An on-policy loss of advantage -g/x and weight x has the gradient g at the log-prob.
             (grad,) = torch.autograd.grad(loss, leaf)
-            tiny = torch.finfo(weights.dtype).tiny  # where the weight is 0, so is g
-            advantages = -grad / weights.unsqueeze(1).clamp(min=tiny)
-            second: Any = linear_policy_loss(
-                hidden[:, rows], weight, ids, None, advantages, mask, weights, **head, **size
-            )
-            return second
+            return loss_of_gradient(hidden[:, rows], weight, ids, grad, mask, **head, **size)
 
         loss_head = two_passes if self._needs_log_probs_first() else one_pass
-        loss = self._run_model(
+        result = self._run_model(
             model,
             torch.cat([inputs["prompt_ids"], ids], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            loss_head,
+            loss_head=loss_head,
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
-        value, log_probs, entropies = outputs
+        loss, aux_loss = result if self.aux_loss_enabled else (result, None)
+        value, metrics, log_probs, entropies = outputs
         # The value in float32, whatever mixed precision makes of the output of a module.
-        return loss + (value - loss).detach(), log_probs, entropies
+        return loss + (value - loss).detach(), metrics, log_probs, entropies, aux_loss
 
     def _needs_log_probs_first(self) -> bool:
         return (
@@ -341,9 +314,9 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             or self.args.importance_sampling_level == "sequence"
         )
 
-    def _run_model(self, model, input_ids, attention_mask, loss_head: Callable) -> Tensor:
+    def _run_model(self, model, input_ids, attention_mask, **options) -> Any:
         with self.accelerator.autocast():
-            return model(input_ids=input_ids, attention_mask=attention_mask, loss_head=loss_head)
+            return model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *more, **options
@@ -365,7 +338,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         ):
 
             def score(hidden, weight, *, ids=ids, attended=attended, **head) -> Tensor:
-                log_probs, entropies = token_log_probs(
+                log_probs, entropies = dl_norm.token_log_probs(
                     hidden[:, rows], ids[:, -logits_to_keep:], weight, entropy=True, **head,
                     mask=attended[:, -logits_to_keep:], compact=True,
                     chunk_size=self.args.fused_lm_head_chunk_size,
@@ -373,7 +346,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
                 outputs.append((log_probs, entropies))
                 return log_probs
 
-            self._run_model(model, ids, attended, score)
+            self._run_model(model, ids, attended, loss_head=score)
         log_probs, entropies = (torch.cat(parts) for parts in zip(*outputs, strict=True))
         return log_probs, entropies, None
 
@@ -401,21 +374,6 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
             **{name: inputs.get(name) for name in multimodal},
         )
-
-    def _ratio(self, log_probs, inputs, mask) -> Tensor:
-        """(B, T) ratio to the old policy, or (B, 1) of whole sequences; for the metrics."""
-        old_log_probs = inputs.get("old_per_token_logps")
-        old_log_probs = log_probs if old_log_probs is None else old_log_probs
-        log_ratio = (log_probs - old_log_probs).masked_fill(mask == 0, 0.0)
-        if self.args.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        return log_ratio.exp()
-
-    def _token_kl(self, log_probs, ratio, inputs, mask) -> Tensor:
-        """(B, T) KL to the reference as TRL logs it, 0 where masked."""
-        difference = (inputs["ref_per_token_logps"] - log_probs).masked_fill(mask == 0, 0.0)
-        kl = torch.exp(difference) - difference - 1
-        return kl * ratio if self.args.use_bias_correction_kl else kl
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
