@@ -41,7 +41,7 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 import dl_norm
-from dl_norm import launch
+from dl_norm.log_probs import launch
 from dl_norm.options import PolicyLossOptions
 
 TARGETS = {

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dl_norm.logits_closed_form import RowOutputs, RowSettings
-from dl_norm.logits_launch import logits_pass
 from dl_norm.options import PolicyLossOptions
-from dl_norm.token_rows import TokenRows
+from dl_norm.rows.closed_form import RowOutputs, RowSettings
+from dl_norm.rows.launch import logits_pass
+from dl_norm.rows.records import TokenRows
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from ._version import __version__
 _is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
 if TYPE_CHECKING or not _is_command:
     from . import reference
-    from .functional import delta_l_loss, policy_loss
-    from .linear import linear_policy_loss
-    from .logits import logits_policy_loss
-    from .masks import off_policy_sequence_mask
+    from .log_probs.loss import delta_l_loss, policy_loss
+    from .log_probs.modules import DeltaLLoss
+    from .log_probs.off_policy import off_policy_sequence_mask
     from .metrics import PolicyLossMetrics
-    from .modules import DeltaLLoss
-    from .row_inputs import PolicyLossOutputs
-    from .token_log_probs import token_log_probs
+    from .rows.inputs import PolicyLossOutputs
+    from .rows.linear import linear_policy_loss
+    from .rows.logits import logits_policy_loss
+    from .rows.token_log_probs import token_log_probs
     from .weights import (
         context_parallel_lengths,
         gradient_scale,

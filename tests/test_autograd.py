@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm import autograd, closed_form, launch
+from dl_norm.log_probs import autograd, closed_form, launch
 from dl_norm.options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch")

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm import launch
 from dl_norm.batch import make_batch
+from dl_norm.log_probs import launch
 from dl_norm.options import make_token_loss
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm import functional
+from dl_norm.log_probs import loss as functional
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 LENGTHS = torch.tensor([3, 5, 1])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm import autograd
+from dl_norm.log_probs import autograd
 from dl_norm.options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.lift import NotInstalled, lift
-from dl_norm.masks import off_policy_sequence_mask
+from dl_norm.log_probs.off_policy import off_policy_sequence_mask
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 BUDGET = 3e-6

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from ..call import make_call
+from ..checks import LOG_PROB_DTYPES, check_cu_seqlens, check_flag, check_mask, check_tensor
+from ..device import implementation_for
+from ..keywords import CallOptions, Impl, RatioLevel, SurrogateName
+from ..metrics import PolicyLossMetrics
+from ..surrogates import Surrogate
+from ..weights import sequence_lengths, sequence_weights
+from ..weights.group_sums import Group
 from .autograd import PolicyLossFunction
-from .call import make_call
-from .checks import LOG_PROB_DTYPES, check_cu_seqlens, check_flag, check_mask, check_tensor
-from .device import implementation_for
-from .keywords import CallOptions, Impl, RatioLevel, SurrogateName
-from .metrics import PolicyLossMetrics
-from .surrogates import Surrogate
-from .weights import sequence_lengths, sequence_weights
-from .weights.group_sums import Group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import make_batch
-from .checks import REAL_DTYPES, check_number, check_tensor
+from ..batch import make_batch
+from ..checks import REAL_DTYPES, check_number, check_tensor
 
 
 @torch.no_grad()

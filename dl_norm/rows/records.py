@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .checks import values_are_free
-from .metrics import NUM_METRIC_SUMS
-from .options import TokenLoss
+from ..batch import Batch
+from ..checks import values_are_free
+from ..metrics import NUM_METRIC_SUMS
+from ..options import TokenLoss
 
 NUM_SUMS = 1 + NUM_METRIC_SUMS  # the loss first, as in kernels/policy_loss.py
 

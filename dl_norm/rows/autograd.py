@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_single_gradient, has_no_values
-from .linear_chunks import ChunkOptions
-from .metrics import NUM_METRIC_SUMS
-from .operators import operator
-from .row_passes import Forward, linear_forward, log_probs_forward, logits_forward, scale_grad
-from .token_rows import RowSettings, TokenRows
+from ..checks import check_single_gradient, has_no_values
+from ..metrics import NUM_METRIC_SUMS
+from ..operators import operator
+from .chunks import ChunkOptions
+from .passes import Forward, linear_forward, log_probs_forward, logits_forward, scale_grad
+from .records import RowSettings, TokenRows
 
 _CONTIGUOUS = torch.contiguous_format
 

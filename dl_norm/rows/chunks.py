@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_flag, values_are_free
-from .token_rows import RowOutputs, RowSettings, TokenRows
+from ..checks import check_flag, values_are_free
+from .records import RowOutputs, RowSettings, TokenRows
 
 # Tokens in a chunk. Adding a chunk to the float32 head gradient moves 8 V D bytes whatever its
 # size, which many tokens must share on a GPU. A CPU multiplies so slowly that a chunk may be small,

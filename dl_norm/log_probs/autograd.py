@@ -7,12 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..batch import Batch
+from ..checks import check_single_gradient, has_no_values
+from ..metrics import NUM_METRIC_SUMS
+from ..operators import operator
+from ..options import TokenLoss
 from . import closed_form
-from .batch import Batch
-from .checks import check_single_gradient, has_no_values
-from .metrics import NUM_METRIC_SUMS
-from .operators import operator
-from .options import TokenLoss
 
 
 def implementation(impl: str) -> ModuleType:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from .checks import LOG_PROB_DTYPES
-from .device import implementation_for
-from .keywords import Impl, LinearOptions, LossOptions
-from .linear_chunks import ChunkOptions
-from .row_autograd import LinearPolicyLossFunction
-from .row_inputs import (
+from ..checks import LOG_PROB_DTYPES
+from ..device import implementation_for
+from ..keywords import Impl, LinearOptions, LossOptions
+from .autograd import LinearPolicyLossFunction
+from .chunks import ChunkOptions
+from .inputs import (
     PolicyLossOutputs,
     Wanted,
     check_logits,

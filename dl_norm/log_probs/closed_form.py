@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .checks import values_are_free
-from .options import TokenLoss
-from .surrogates import Clip
+from ..batch import Batch
+from ..checks import values_are_free
+from ..options import TokenLoss
+from ..surrogates import Clip
 
 
 def policy_loss_fwd(

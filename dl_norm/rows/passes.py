@@ -8,10 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import logits_closed_form
-from .checks import values_are_free
-from .linear_chunks import ChunkOptions, linear_pass, make_plan
-from .token_rows import RowOutputs, RowSettings, TokenRows
+from ..checks import values_are_free
+from . import closed_form as logits_closed_form
+from .chunks import ChunkOptions, linear_pass, make_plan
+from .records import RowOutputs, RowSettings, TokenRows
 
 # loss, log_probs, entropy, sums of the metrics, half (see half_scale); what is not asked for is
 # empty, as operators return no None.
@@ -22,7 +22,7 @@ def implementation(impl: str) -> ModuleType:
     """The module whose ``logits_pass`` and ``reduce_partials`` do the work."""
     if impl == "torch":
         return logits_closed_form
-    from . import logits_launch  # needs Triton, which the "torch" implementation does not
+    from . import launch as logits_launch  # needs Triton, which the "torch" implementation does not
 
     return logits_launch
 
@@ -122,7 +122,7 @@ def scale_grad(
     if torch.compiler.is_compiling():
         return (grad * grad_output.view(1)).to(dtype)  # as a (1,) tensor not rounded to 16 bits
     if impl == "triton":
-        from . import launch
+        from ..log_probs import launch
 
         return launch.policy_loss_bwd(grad, grad_output, dtype)
     if values_are_free(grad_output) and bool(grad_output == 1):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import closed_form
-from .token_rows import RowOutputs, RowSettings, TokenRows
+from ..log_probs import closed_form
+from .records import RowOutputs, RowSettings, TokenRows
 
 # Logits that are worked on together, 4 MB: the passes over them run in a CPU's cache.
 _BLOCK_ELEMENTS = 1 << 20

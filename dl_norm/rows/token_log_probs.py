@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import has_no_values
-from .device import implementation_for
+from ..checks import has_no_values
+from ..device import implementation_for
+from .autograd import log_probs_op
+from .chunks import ChunkOptions
+from .inputs import Wanted, check_logits, check_token_ids, row_settings
 from .linear import check_head, whole_head, without_autocast
-from .linear_chunks import ChunkOptions
-from .row_autograd import log_probs_op
-from .row_inputs import Wanted, check_logits, check_token_ids, row_settings
-from .row_passes import log_probs_forward
-from .token_rows import TokenRows
+from .passes import log_probs_forward
+from .records import TokenRows
 
 
 @torch.no_grad()

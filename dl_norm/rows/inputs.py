@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .call import make_call
-from .checks import (
+from ..call import make_call
+from ..checks import (
     LOG_PROB_DTYPES,
     check_flag,
     check_mask,
@@ -16,8 +16,8 @@ from .checks import (
     check_tensor,
     values_are_free,
 )
-from .metrics import PolicyLossMetrics
-from .token_rows import RowSettings, TokenRows, make_rows
+from ..metrics import PolicyLossMetrics
+from .records import RowSettings, TokenRows, make_rows
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import check_flag
-from .functional import delta_l_loss
-from .keywords import Impl, TensorOptions, TokenLossOptions
-from .metrics import PolicyLossMetrics
-from .options import make_token_loss
-from .weights.group_sums import Group
+from ..checks import check_flag
+from ..keywords import Impl, TensorOptions, TokenLossOptions
+from ..metrics import PolicyLossMetrics
+from ..options import make_token_loss
+from ..weights.group_sums import Group
+from .loss import delta_l_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on

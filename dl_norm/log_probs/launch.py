@@ -11,17 +11,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .batch import Batch
-from .device import target
-from .kernels.policy_loss import (
+from ..batch import Batch
+from ..device import target
+from ..kernels.policy_loss import (
     TokenStreams,
     policy_loss_bwd_kernel,
     policy_loss_fwd_kernel,
     policy_loss_reduce_kernel,
     policy_loss_sequence_kernel,
 )
-from .metrics import NUM_METRIC_SUMS
-from .options import TokenLoss
+from ..metrics import NUM_METRIC_SUMS
+from ..options import TokenLoss
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def policy_loss_fwd(
     """Two launches: the loss and gradient of every tile, then the sum of their partial results.
     A ratio of the whole sequence takes a launch before them, one program a sequence.
 
-    Returns what :func:`dl_norm.closed_form.policy_loss_fwd` returns, except that the gradient of
-    float16 log-probs is kept in float32 until it is scaled: DeltaL weights underflow in float16.
+    Returns what ``policy_loss_fwd`` of closed_form.py returns, except that the gradient of float16
+    log-probs is kept in float32 until it is scaled: DeltaL weights underflow in float16.
     """
     log_probs = batch.log_probs
     device = log_probs.device

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .checks import check_flag
-from .device import implementation_for
-from .keywords import Impl, LogitsOptions, LossOptions
-from .row_autograd import LogitsPolicyLossFunction
-from .row_inputs import PolicyLossOutputs, Wanted, check_logits, make_row_call, row_settings
+from ..checks import check_flag
+from ..device import implementation_for
+from ..keywords import Impl, LogitsOptions, LossOptions
+from .autograd import LogitsPolicyLossFunction
+from .inputs import PolicyLossOutputs, Wanted, check_logits, make_row_call, row_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import target
-from .kernels.logits_policy_loss import logits_policy_loss_kernel
-from .launch import contiguous
-from .launch import reduce_partials as launch_reduce
-from .token_rows import RowOutputs, RowSettings, TokenRows
+from ..device import target
+from ..kernels.logits_policy_loss import logits_policy_loss_kernel
+from ..log_probs.launch import contiguous
+from ..log_probs.launch import reduce_partials as launch_reduce
+from .records import RowOutputs, RowSettings, TokenRows
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def logits_pass(
     settings: RowSettings,
     outputs: RowOutputs,
 ) -> None:
-    """What :func:`dl_norm.logits_closed_form.logits_pass` does, in one launch.
+    """What :func:`dl_norm.rows.closed_form.logits_pass` does, in one launch.
 
     ``logits`` may have any strides but the last, which is 1; ``grad`` is contiguous.
     """
@@ -88,7 +88,7 @@ def logits_pass(
 
 
 def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`dl_norm.logits_closed_form.reduce_partials` does, in one launch."""
+    """What :func:`dl_norm.rows.closed_form.reduce_partials` does, in one launch."""
     num_sums, rows = partials.shape
     loss = partials.new_empty(())
     sums = partials.new_empty(num_sums - 1)

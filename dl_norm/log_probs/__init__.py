@@ -1,0 +1,1 @@
+"""The loss of log-probs: what users call, its autograd Function, and both implementations."""
