@@ -7,6 +7,7 @@ one kernel serves them all and writes the final gradient in the forward pass.
 from . import reference
 from ._version import __version__
 from .context_parallel import context_parallel_lengths
+from .formula import surrogate
 from .functional import delta_l_loss, policy_loss
 from .linear import linear_policy_loss
 from .logits import PolicyLossOutputs, logits_policy_loss
@@ -33,5 +34,6 @@ __all__ = [
     "reweight_advantages",
     "sequence_lengths",
     "sequence_weights",
+    "surrogate",
     "token_log_probs",
 ]
