@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from numbers import Real
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -123,16 +121,13 @@ class FormulaSurrogate(Surrogate):
 @torch.enable_grad()
 def trace(formula: Callable[..., Any], settings: Iterable[str]) -> Program:
     """Loss and derivatives of the formula, two flags that are never set, its further quantities."""
-    steps = Trace()
+    steps = Trace(_code(formula))
     log_prob, ratio, advantage = (steps.value("input", name) for name in INPUTS)
     log_prob.tangents = (None, steps.value("const", 1.0))
     ratio.tangents = (steps.value("input", "ratio"), None)  # d ratio / d log ratio
-    names = {}
     try:
         numbers = {name: steps.value("setting", name) for name in settings}
-        with _variables(formula, names):
-            result = formula(log_prob, ratio, advantage, **numbers)
-        loss, extras = _split(result, Value)
+        loss, extras = _split(formula(log_prob, ratio, advantage, **numbers), Value)
         if all(tangent is None for tangent in loss.tangents):
             raise ValueError("its loss has no derivative by ratio or log_prob")
     except Exception as error:
@@ -148,29 +143,8 @@ def trace(formula: Callable[..., Any], settings: Iterable[str]) -> Program:
                 value = zeros + value  # of the advantage alone, or of nothing
             positions.append(value.position)
     return Program(
-        tuple(steps.entries), tuple(positions), (*OUTPUTS, *extras), tuple(names.items())
+        tuple(steps.entries), tuple(positions), (*OUTPUTS, *extras), tuple(steps.names().items())
     )
-
-
-@contextmanager
-def _variables(formula: Callable[..., Any], names: dict[int, str]) -> Iterator[None]:
-    """Collects the names that the formula gives to its values, for the reader of the source."""
-    code, profile = getattr(inspect.unwrap(formula), "__code__", None), sys.getprofile()
-
-    def at_return(frame: FrameType, event: str, _: Any) -> None:
-        if event == "return" and frame.f_code is code:
-            for name, value in frame.f_locals.items():
-                if isinstance(value, Value):
-                    names[value.position] = name
-                    names.update(
-                        (by.position, f"d_{name}") for by in value.tangents if by is not None
-                    )
-
-    sys.setprofile(at_return)
-    try:
-        yield
-    finally:
-        sys.setprofile(profile)
 
 
 def _split(result: Any, kind: type) -> tuple[Any, dict[str, Any]]:
@@ -248,6 +222,10 @@ def _name(formula: Callable[..., Any]) -> str:
     return getattr(formula, "__name__", type(formula).__name__)
 
 
+def _code(formula: Callable[..., Any]) -> CodeType | None:
+    return getattr(inspect.unwrap(formula), "__code__", None)
+
+
 def _source(formula: Callable[..., Any]) -> str:
     try:
         return textwrap.dedent(inspect.getsource(formula))
@@ -257,7 +235,7 @@ def _source(formula: Callable[..., Any]) -> str:
 
 def _line(formula: Callable[..., Any], error: Exception) -> str:
     """The line in the formula's own file where the error came up."""
-    file = getattr(getattr(inspect.unwrap(formula), "__code__", None), "co_filename", None)
+    file = getattr(_code(formula), "co_filename", None)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename == file:
             return f" ({file}, line {frame.lineno}: {frame.line})"

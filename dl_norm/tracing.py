@@ -9,9 +9,11 @@ operations of the same list (forward-mode differentiation), so that nothing of t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from numbers import Real
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -41,12 +43,14 @@ class Trace:
     """Operations in an order in which they can be computed, each of them once.
 
     An entry is ``("input", name)``, ``("setting", name)``, ``("const", number)``, or the name of a
-    function of ``torch`` and the positions of its arguments.
+    function of ``torch`` and the positions of its arguments. ``code``: of the traced function.
     """
 
-    def __init__(self):
+    def __init__(self, code: CodeType | None = None):
         self.entries: list[tuple] = []
         self._positions: dict[tuple, int] = {}
+        self._code = code
+        self._frame: FrameType | None = None
 
     def value(self, *entry: Any) -> Value:
         if entry not in self._positions:
@@ -56,6 +60,8 @@ class Trace:
 
     def apply(self, op: str, *args: Value) -> Value:
         """The value of an operation: at once if all is known, another's if it is that already."""
+        if self._frame is None:
+            self._frame = _frame_of(self._code)
         numbers = [arg.number for arg in args]
         if op not in BOOLEAN and None not in numbers:
             known = [torch.tensor(number, dtype=torch.float64, device="cpu") for number in numbers]
@@ -63,33 +69,54 @@ class Trace:
         positions = [arg.position for arg in args]
         if op in ("add", "mul"):
             positions.sort()
-        same = _simpler(op, args, numbers)
+        same = _simpler(op, args)
         # A new object in any case: derivatives belong to the use of a value, not to its position.
         return self.value(op, *positions) if same is None else Value(self, same.position)
 
+    def names(self) -> dict[int, str]:
+        """What the code calls its values, and d_ that for their derivatives, by position."""
+        variables = {} if self._frame is None else dict(self._frame.f_locals)
+        self._frame = None
+        names = {}
+        for name, value in variables.items():
+            if isinstance(value, Value):
+                names.update({by.position: f"d_{name}" for by in value.tangents if by is not None})
+                names[value.position] = name
+        return names
 
-def _simpler(op: str, args: tuple[Value, ...], numbers: list[float | None]) -> Value | None:
+
+def _frame_of(code: CodeType | None) -> FrameType | None:
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+_NEUTRAL = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
+
+
+def _simpler(op: str, args: tuple[Value, ...]) -> Value | None:
     """x + 0, x - 0, 1 x, -1 x, x / 1, x / x, (1 / y) x, -(-x) and where(c, x, x), if it is one.
 
     0 x is none: x may be infinite or NaN. x / x is what is left of the derivative of log(ratio) by
     log(ratio), which is 1 at ratios of 0 and infinity too.
     """
-    trace, entry = args[0].trace, args[0].entry
-    if op == "neg" and entry[0] == "neg":
-        return Value(trace, entry[1])
-    if op == "where" and args[1].position == args[2].position:
-        return args[1]
-    if op == "div" and args[0].position == args[1].position:
-        return trace.value("const", 1.0)
-    if op in ("add", "sub", "mul", "div"):
-        for one, other in ((1, 0), (0, 1)) if op in ("add", "mul") else ((1, 0),):
-            if numbers[one] == (0.0 if op in ("add", "sub") else 1.0):
-                return args[other]
-            if op == "mul" and numbers[one] == -1.0:
-                return -args[other]
-            op_of_one, *of_one = args[one].entry
-            if op == "mul" and op_of_one == "div" and trace.entries[of_one[0]] == ("const", 1.0):
-                return args[other] / Value(trace, of_one[1])
+    *_, x = args
+    if op == "neg" and x.entry[0] == "neg":
+        return Value(x.trace, x.entry[1])
+    if op == "where" and args[1].position == x.position:
+        return x
+    if op == "div" and args[0].position == x.position:
+        return x.trace.value("const", 1.0)
+    if op not in _NEUTRAL:
+        return None
+    for x, y in (args, args[::-1]) if op in ("add", "mul") else (args,):
+        if y.number == _NEUTRAL[op]:
+            return x
+        if op == "mul" and y.number == -1.0:
+            return -x
+        if op == "mul" and y.entry[0] == "div" and Value(y.trace, y.entry[1]).number == 1.0:
+            return x / Value(y.trace, y.entry[2])
     return None
 
 
@@ -102,6 +129,7 @@ class Value:
     __neg__: Any  # these and the other operators are set below
     __add__: Any
     __mul__: Any
+    __rmul__: Any
     __truediv__: Any
     __lt__: Any
 
@@ -255,7 +283,8 @@ def _extreme(op: str, a: Any, b: Any, clamp: bool = False) -> Value:
             return None
         by_a, by_b, _ = _values(0.0 if by_a is None else by_a, 0.0 if by_b is None else by_b, a)
         chosen = _where(second, by_b, by_a)
-        return chosen if clamp else _where(a == b, 0.5 * (by_a + by_b), chosen)
+        # Halves first: on a GPU one of the products that are added may be left unrounded.
+        return chosen if clamp else _where(a == b, 0.5 * by_a + 0.5 * by_b, chosen)
 
     return _differentiated(a.trace.apply(op, a, b), (a, b), rule)
 
@@ -285,8 +314,8 @@ def _softplus(x: Value, beta: Any = 1.0, threshold: Any = 20.0) -> Value:
     return _where(scaled > threshold, x, scaled.exp().log1p() / beta)
 
 
-def _to(x: Value, *targets: Any) -> Value:
-    for target in targets:
+def _to(x: Value, *targets: Any, **named: Any) -> Value:
+    for target in (*targets, *named.values()):
         target = getattr(target, "dtype", target)
         if target != torch.float32 and not isinstance(target, torch.device):
             raise ValueError(f"a formula computes in float32 where it runs; it asks for {target}")

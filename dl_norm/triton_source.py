@@ -69,7 +69,7 @@ def device_source(program: Program, name: str, formula: str) -> tuple[str, str]:
             texts[at] = _expression(op, [texts[arg] for arg in args])
         text = texts[at][0]
         if at in program.hoisted:
-            texts[at] = new_name(text if op == "setting" else "setting"), _ATOM
+            texts[at] = new_name(text if op == "setting" else names.get(at, "setting")), _ATOM
             parameters.append(texts[at][0])
             if text != texts[at][0]:
                 lines.append(f"# {texts[at][0]}: {text}, computed by the caller")
@@ -143,7 +143,9 @@ def device_function(text: str, name: str, stem: str) -> Any:
     path = Path(os.environ.get("DL_NORM_CACHE_DIR") or default) / f"{stem}.py"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
+        ) as file:
             file.write(text)
         os.replace(file.name, path)
     spec = importlib.util.spec_from_file_location(stem, path)

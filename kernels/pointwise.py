@@ -31,7 +31,7 @@ def tanh(x):
 
 @triton.jit
 def pow(x, y):
-    """x ** y. Of a negative x it is a number where y is whole, as in PyTorch."""
+    """x ** y, within 1.2e-7 (2 + |y log x|) of itself. A number where x < 0 if y is whole."""
     magnitude = tl.exp(y * tl.log(tl.abs(x)))
     odd = tl.floor(0.5 * y) != 0.5 * y
     signed = tl.where(odd, -magnitude, magnitude)

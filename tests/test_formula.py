@@ -113,7 +113,7 @@ OPERATIONS = [
 def tokens_kernel(
     LOG_PROB, RATIO, ADVANTAGE, OUT, N, surrogate, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """OUT (OUTPUTS, N) from streams of N tokens; one token a program where BLOCK is 0."""
+    """OUT (OUTPUTS, N) from streams of N tokens. BLOCK 0: scalars, one token a program."""
     if BLOCK:
         index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     else:
@@ -218,6 +218,46 @@ class TestFormulas:
         result = dl_norm.surrogate(formula, **settings).formula(*inputs)
         expected = formula(*inputs, **settings)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+def test_closed_form_compiles_once_for_all_settings(inputs):
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(fullgraph=True, backend=counter)(
+        lambda surrogate, *tensors: surrogate.closed_form(*tensors, *surrogate.settings())[1]
+    )
+    for temperature in (0.5, 0.6, 0.7, 0.8):
+        surrogate = dl_norm.surrogate(smooth, temperature=temperature, beta=3.0)
+        expected = surrogate.closed_form(*inputs, *surrogate.settings())[1]
+        torch.testing.assert_close(compiled(surrogate, *inputs), expected)
+    assert counter.frame_count <= 2  # with a number, and then with a symbol
+
+
+@pytest.mark.parametrize(
+    ("function", "lowest", "highest"),
+    [(torch.log1p, -1, 1e6), (torch.expm1, -1e6, 80), (torch.tanh, -1e6, 1e6)],
+    ids=("log1p", "expm1", "tanh"),
+)
+def test_functions_that_triton_lacks(function, lowest, highest, device):
+    """Relative to the value itself, however small it is."""
+    magnitude = torch.logspace(-12, 6, 2000)
+    x = torch.cat([magnitude, -magnitude])
+    x = x[(x > lowest) & (x < highest)].to(device)
+    values = run(dl_norm.surrogate(lambda log_prob, ratio, advantage: function(ratio)), [x] * 3)[0]
+    torch.testing.assert_close(values.double(), function(x.double()), rtol=3e-7, atol=0)
+
+
+def test_power(device):
+    surrogate = dl_norm.surrogate(lambda log_prob, ratio, advantage: torch.pow(ratio, log_prob))
+    x, y = torch.meshgrid(
+        torch.tensor([-3.0, -1, -0.5, 0, 0.5, 2]), torch.arange(-6.0, 7), indexing="ij"
+    )
+    x, y = x.reshape(-1).to(device), y.reshape(-1).to(device)
+    torch.testing.assert_close(run(surrogate, [y, x, x])[0], x**y, rtol=1e-6, atol=0)
+    assert run(surrogate, [y + 0.5, -abs(x) - 1, x])[0].isnan().all()
+    x = torch.logspace(-8, 8, 999, device=device)
+    error = run(surrogate, [x * 0 + 1.3, x, x])[0].double() / x.double() ** 1.3 - 1
+    assert (error.abs() <= 1.2e-7 * (2 + (1.3 * x.log()).abs())).all()
 
 
 @pytest.mark.parametrize("index", range(len(OPERATIONS)))
@@ -370,7 +410,7 @@ def clip(log_prob, ratio, advantage, setting, setting_2):
     mul = ratio * advantage
     mul_2 = advantage * clipped
     mul_3 = advantage * d_clipped
-    where = tl.where(mul == mul_2, (mul + mul_3) * 0.5, tl.where(mul_2 < mul, mul_3, mul))
+    where = tl.where(mul == mul_2, mul * 0.5 + mul_3 * 0.5, tl.where(mul_2 < mul, mul_3, mul))
     loss = -tl.minimum(mul, mul_2, tl.PropagateNan.ALL)
     through_ratio = -where
     never = ratio < 0.0
@@ -381,6 +421,25 @@ def clip(log_prob, ratio, advantage, setting, setting_2):
 
 def test_source_is_for_reading():
     assert dl_norm.surrogate(clip).source() == SOURCE
+
+
+def test_source_takes_its_names_from_the_formula():
+    def formula(log_prob, ratio, advantage, eps):
+        lowest = 1 - eps
+        tl = ratio - lowest
+        lost = tl * advantage
+        return lost * lost
+
+    source = dl_norm.surrogate(formula, eps=0.1).source()
+    for line in (
+        "def formula(log_prob, ratio, advantage, lowest):",
+        "# lowest: 1.0 - eps, computed by the caller",
+        "tl_2 = ratio - lowest",
+        "lost = advantage * tl_2",
+        "d_lost = ratio * advantage",
+        "loss = lost * lost",
+    ):
+        assert f"{line}\n" in source
 
 
 def test_files_on_disk(tmp_path, monkeypatch):
@@ -396,28 +455,37 @@ def test_files_on_disk(tmp_path, monkeypatch):
     (file,) = tmp_path.rglob("*.*")
     assert file.name == f"{surrogate.kind}.py" and file.read_text() == surrogate.source()
 
-    code = f"""
+    (tmp_path / "elsewhere.py").write_text(OTHER_PROCESS)
+    mine = run_elsewhere(tmp_path / "elsewhere.py")
+    (path,) = set(tmp_path.rglob("*.py")) - {file, tmp_path / "elsewhere.py"}
+    assert path.name == f"{mine}.py"
+    written = path.stat().st_mtime_ns
+    assert run_elsewhere(tmp_path / "elsewhere.py") == mine
+    assert path.stat().st_mtime_ns == written
+
+
+# A surrogate, its formula and its closed form want no Triton.
+OTHER_PROCESS = """
 import sys
-sys.path.insert(0, {str(ROOT / "tests")!r})
-import dl_norm, test_formula
-surrogate = dl_norm.surrogate(test_formula.clip, eps_low=0.1)
+sys.modules["triton"] = None
+import torch, dl_norm
+
+def formula(log_prob, ratio, advantage, scale=2.0):
+    return scale * ratio * advantage
+
+surrogate = dl_norm.surrogate(formula)
+assert surrogate.closed_form(*[torch.ones(3)] * 3, 2.0)[1].tolist() == [2.0] * 3
+del sys.modules["triton"]
 surrogate.device()
 print(surrogate.kind)
 """
-    mine = dl_norm.surrogate(clip)
-    mine.device.__func__(mine)
-    path = file.with_name(f"{mine.kind}.py")
-    path.write_text(mine.source())
-    written = path.stat().st_mtime_ns
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+
+
+def run_elsewhere(file):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == mine.kind
-    assert path.stat().st_mtime_ns == written
+    return done.stdout.strip()
 
 
 class OwnDerivative(torch.autograd.Function):
