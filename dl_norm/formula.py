@@ -61,7 +61,7 @@ def surrogate(formula: Callable[..., Any], **settings: float) -> FormulaSurrogat
 
 
 class FormulaSurrogate(Surrogate):
-    """What :func:`surrogate` makes. Two are equal if their formula and settings are.
+    """What :func:`surrogate` makes. Equal if formula, settings and what was traced are equal.
 
     ``kind`` is the same for every value of the settings, and in every process.
     """
@@ -104,7 +104,9 @@ class FormulaSurrogate(Surrogate):
         return function(log_prob, ratio, advantage, **dict(values))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FormulaSurrogate) and self._key == other._key
+        if not isinstance(other, FormulaSurrogate):
+            return NotImplemented
+        return (self._key, self.kind) == (other._key, other.kind)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -151,6 +153,10 @@ def _split(result: Any, kind: type) -> tuple[Any, dict[str, Any]]:
     """Loss and further quantities, of ``kind`` (Value, Tensor), of what a formula has returned."""
     loss, extras = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     named = isinstance(extras, dict) and all(isinstance(name, str) for name in extras)
+    if named and not extras.keys().isdisjoint(OUTPUTS):
+        raise ValueError(
+            f"{', '.join(OUTPUTS[:4])} are taken; call the further quantities otherwise"
+        )
     if not named or not all(isinstance(value, kind) for value in (loss, *extras.values())):
         raise ValueError(
             "a formula returns the loss of the tokens, or that and a dict of further quantities of "

@@ -357,6 +357,7 @@ for also, name in {
     "absolute": "abs", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge",
     "not_equal": "ne", "min": "minimum", "max": "maximum", "clip": "clamp", "and": "logical_and",
     "or": "logical_or", "log_sigmoid": "logsigmoid", "special_expit": "sigmoid",
+    "contiguous": "clone",
 }.items():  # fmt: skip
     _FUNCTIONS[also] = _FUNCTIONS[name]
 for operator, name in {

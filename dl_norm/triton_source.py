@@ -17,7 +17,7 @@ from .program import Program
 from .tracing import INPUTS, arguments, needed
 
 _Text = tuple[str, int]  # an expression, and how tightly its outermost operator binds
-_COMPARISON, _NEGATIVE, _ATOM = 1, 8, 9
+_NEGATIVE, _ATOM = 8, 9
 _OPERATORS = {
     "lt": ("<", 1), "le": ("<=", 1), "gt": (">", 1), "ge": (">=", 1), "eq": ("==", 1),
     "ne": ("!=", 1), "logical_or": ("|", 2), "logical_and": ("&", 4), "add": ("+", 5),
@@ -120,8 +120,7 @@ def _expression(op: str, args: list[_Text]) -> _Text:
 
     if op in _OPERATORS:
         symbol, level = _OPERATORS[op]
-        left = level + (level == _COMPARISON)  # a < b < c means something else in Python
-        return f"{inside(0, left)} {symbol} {inside(1, level + 1)}", level
+        return f"{inside(0, level)} {symbol} {inside(1, level + 1)}", level
     if op in _PREFIXES:
         return f"{_PREFIXES[op]}{inside(0, _ATOM)}", _NEGATIVE
     room = "pointwise" if op in _OURS else "tl"
