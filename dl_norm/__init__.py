@@ -15,6 +15,7 @@ from ._version import __version__
 _is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
 if TYPE_CHECKING or not _is_command:
     from . import reference
+    from .formula import surrogate
     from .log_probs.loss import delta_l_loss, policy_loss
     from .log_probs.modules import DeltaLLoss
     from .log_probs.off_policy import off_policy_sequence_mask
@@ -23,6 +24,7 @@ if TYPE_CHECKING or not _is_command:
     from .rows.linear import linear_policy_loss
     from .rows.logits import logits_policy_loss
     from .rows.token_log_probs import token_log_probs
+    from .surrogates import Surrogate
     from .weights import (
         context_parallel_lengths,
         gradient_scale,
@@ -36,6 +38,7 @@ __all__ = [
     "DeltaLLoss",
     "PolicyLossMetrics",
     "PolicyLossOutputs",
+    "Surrogate",
     "__version__",
     "context_parallel_lengths",
     "delta_l_loss",
@@ -49,5 +52,6 @@ __all__ = [
     "reweight_advantages",
     "sequence_lengths",
     "sequence_weights",
+    "surrogate",
     "token_log_probs",
 ]

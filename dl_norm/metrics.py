@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ class PolicyLossMetrics:
     - kl_ref: sum of exp(d) - d - 1, d = ref_log_probs - log_probs (0 without a reference), times
       r with bias_corrected_kl.
     - ratio_max: the largest r; combined by maximum.
+    - extras: sums of the further quantities that the surrogate returns, by name.
 
     r is the token's ratio as the loss uses it: that of its sequence if ``ratio_level`` says so, so
     counts and sums are of tokens at either level. An entropy mask or sequence mask drops terms of
@@ -44,18 +45,38 @@ class PolicyLossMetrics:
     kl_ref: Tensor
     ratio_max: Tensor
     sequences: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def from_sums(cls, sums: Tensor, weights: Tensor) -> PolicyLossMetrics:
-        """From the (NUM_METRIC_SUMS,) sums of an implementation, in the order of the fields."""
-        return cls(*sums.unbind(), sequences=(weights != 0).sum().float())
+    def from_sums(
+        cls, sums: Tensor, weights: Tensor, extra_names: tuple[str, ...] = ()
+    ) -> PolicyLossMetrics:
+        """From the sums of an implementation: the (NUM_METRIC_SUMS,) fields in their order, then
+        the further quantities of the surrogate."""
+        values = sums.unbind()
+        extras = dict(zip(extra_names, values[NUM_METRIC_SUMS:], strict=True))
+        sequences = (weights != 0).sum().float()
+        return cls(*values[:NUM_METRIC_SUMS], sequences=sequences, extras=extras)
+
+    def _flat(self) -> dict[str, Tensor]:
+        """All sums and counts by name."""
+        fields = {**vars(self), **self.extras}
+        del fields["extras"], fields["ratio_max"]
+        return fields
+
+    def _rebuilt(self, flat: dict[str, Tensor], ratio_max: Tensor) -> PolicyLossMetrics:
+        extras = {name: flat.pop(name) for name in self.extras}
+        return PolicyLossMetrics(**flat, ratio_max=ratio_max, extras=extras)
 
     def __add__(self, other: PolicyLossMetrics) -> PolicyLossMetrics:
         """The metrics of two slices of a batch together."""
-        mine, theirs = vars(self), vars(other)
-        total = {name: mine[name] + theirs[name] for name in mine}
-        total["ratio_max"] = torch.maximum(self.ratio_max, other.ratio_max)
-        return PolicyLossMetrics(**total)
+        if self.extras.keys() != other.extras.keys():
+            raise ValueError(
+                f"metrics of two surrogates, with {list(self.extras)} and {list(other.extras)}"
+            )
+        mine, theirs = self._flat(), other._flat()
+        largest = torch.maximum(self.ratio_max, other.ratio_max)
+        return self._rebuilt({name: mine[name] + theirs[name] for name in mine}, largest)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> PolicyLossMetrics:
         """The metrics of all ranks of ``group`` together (None: the default group).
@@ -69,14 +90,11 @@ class PolicyLossMetrics:
                 "this process is not in the group: its sums would be left out; pass a group that "
                 "it is a member of"
             )
-        fields = dict(vars(self))
-        ratio_max = fields.pop("ratio_max").clone()
-        sums = torch.stack(list(fields.values()))
+        flat, ratio_max = self._flat(), self.ratio_max.clone()
+        sums = torch.stack(list(flat.values()))
         dist.all_reduce(sums, group=group)
         dist.all_reduce(ratio_max, op=dist.ReduceOp.MAX, group=group)
-        return PolicyLossMetrics(
-            **dict(zip(fields, sums.unbind(), strict=True)), ratio_max=ratio_max
-        )
+        return self._rebuilt(dict(zip(flat, sums.unbind(), strict=True)), ratio_max)
 
     def summary(self) -> dict[str, Tensor]:
         """Means over tokens and the counts, as 0-dim tensors; 0 where there is no token."""
@@ -92,4 +110,5 @@ class PolicyLossMetrics:
             "kl_ref": self.kl_ref / tokens,
             "tokens": self.tokens,
             "sequences": self.sequences,
+            **{name: value / tokens for name, value in self.extras.items()},
         }

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .checks import check_choice, check_flag, check_number
-from .surrogates import KINDS, SURROGATES, Surrogate
+from .metrics import NUM_METRIC_SUMS
+from .surrogates import KINDS, SURROGATES, Surrogate, load
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
 # The options of each surrogate, and what they are unless given.
@@ -31,7 +32,12 @@ class TokenLoss(NamedTuple):
     bias_corrected_kl: bool = False
 
     @property
-    def kind(self) -> type[Surrogate]:
+    def num_sums(self) -> int:
+        """Of the metrics: those of every loss, and the further quantities of this one."""
+        return NUM_METRIC_SUMS + len(self.kind.extra_names)
+
+    @property
+    def kind(self) -> type[Surrogate] | Surrogate:
         return KINDS[self.surrogate]
 
 
@@ -48,7 +54,7 @@ def make_token_loss(
     **fields,
 ) -> TokenLoss:
     """Checks the options of :func:`dl_norm.policy_loss`. ``fields``: those of the surrogate."""
-    chosen = make_surrogate(surrogate, fields)
+    chosen = make_surrogate(surrogate, fields).resolved()
     check_choice(ratio_level, "ratio_level", RATIO_LEVELS)
     if log_ratio_clamp is not None:
         rule = "log_ratio_clamp > 0 (or None)"
@@ -72,15 +78,12 @@ def surrogate_of(options: dict) -> Surrogate:
 
 
 def make_surrogate(surrogate: str | Surrogate, fields: dict) -> Surrogate:
-    """The surrogate of a name, with those of ``fields`` that are its own.
+    """The surrogate of a name or import path, with those of ``fields`` that are its own.
 
     A field of another surrogate is refused unless it has that one's default: there it has no
     effect.
     """
-    own = {}
-    if not isinstance(surrogate, Surrogate):
-        check_choice(surrogate, "surrogate", tuple(SURROGATES))
-        own = FIELDS[surrogate]
+    own = FIELDS.get(surrogate, {}) if isinstance(surrogate, str) else {}
     for name, value in fields.items():
         if name not in DEFAULTS:
             raise TypeError(
@@ -89,9 +92,7 @@ def make_surrogate(surrogate: str | Surrogate, fields: dict) -> Surrogate:
             )
         if name not in own and value != DEFAULTS[name]:
             raise ValueError(f"{name}={value} has no effect with surrogate={surrogate!r}; omit it")
-    if isinstance(surrogate, Surrogate):
-        return surrogate
-    return SURROGATES[surrogate](**{name: fields[name] for name in own if name in fields})
+    return load(surrogate, **{name: fields[name] for name in own if name in fields})
 
 
 def _as_float(value) -> float:

@@ -100,6 +100,9 @@ def policy_loss(
     log_ratio = clamp(log_ratio, -terms.log_ratio_clamp, terms.log_ratio_clamp)
     ratio = log_ratio.exp()
     loss = surrogate.formula(log_prob, ratio, advantage)
+    extras = {}
+    if isinstance(loss, tuple):
+        loss, extras = loss
     if batch.policy_weights is not None:
         loss = loss * tokens(per_token(batch.policy_weights), kept)
     loss = tokens(loss, kept)
@@ -115,7 +118,10 @@ def policy_loss(
     if not return_metrics:
         return total
     advantage = tokens(per_token(batch.advantages))  # metrics count what the masks drop too
-    return total, _metrics(log_prob, log_ratio, ratio, advantage, counted, kl, terms, weights)
+    extras = dict(surrogate.formula(log_prob, ratio, advantage)[1]) if extras else {}
+    return total, _metrics(
+        log_prob, log_ratio, ratio, advantage, counted, kl, extras, terms, weights
+    )
 
 
 def _metrics(
@@ -125,11 +131,12 @@ def _metrics(
     advantage: Tensor,
     counted: Tensor,
     kl: Tensor,
+    extras: dict[str, Tensor],
     terms: TokenLoss,
     weights: Tensor,
 ) -> PolicyLossMetrics:
     with torch.no_grad():
-        low, high = terms.kind.clipped(log_prob, ratio, advantage, *terms.settings)
+        low, high, *_ = terms.kind.counted(log_prob, ratio, advantage, *terms.settings)
         positive, negative = counted & (advantage > 0), counted & (advantage < 0)
         sums = [
             counted, low & (positive | negative), high & positive, high & negative, ratio,
@@ -138,7 +145,10 @@ def _metrics(
         totals = [torch.where(counted, value, 0).to(ratio.dtype).sum() for value in sums]
         ratio = torch.where(counted, ratio, 0)
         totals.append(ratio.amax() if ratio.numel() else ratio.new_zeros(()))
-        return PolicyLossMetrics.from_sums(torch.stack(totals).float(), weights)
+        totals += [
+            torch.where(counted, value, 0).to(ratio.dtype).sum() for value in extras.values()
+        ]
+        return PolicyLossMetrics.from_sums(torch.stack(totals).float(), weights, tuple(extras))
 
 
 def _sequence_means(values: Tensor, counted: Tensor, batch: Batch) -> Tensor:

@@ -7,9 +7,12 @@ from :class:`Surrogate` and needs no change here.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,33 +22,41 @@ from .checks import check_number
 if TYPE_CHECKING:
     from triton import JITFunction
 
+    from .formula import FormulaSurrogate
+
 # By name: what an operator, whose arguments are plain values, can say of a token loss.
-KINDS: dict[str, type[Surrogate]] = {}
+KINDS: dict[str, type[Surrogate] | Surrogate] = {}
 
 
 class Surrogate:
     """The policy term of one token: a loss of its log-prob, ratio and advantage.
 
-    A subclass is a frozen dataclass. Its fields are numbers, the options of the loss.
+    A subclass is a frozen dataclass whose fields are numbers, the options of the loss, and has
 
-    - ``formula(log_prob, ratio, advantage)``: the loss in PyTorch, under autograd.
-    - ``settings()``: the numbers that the next two take; the fields unless said otherwise.
-    - ``closed_form(log_prob, ratio, advantage, *settings)``: the loss, its derivative by the log
-      of the ratio, its derivative by the log-prob past the ratio, and whether the ratio was
-      clipped at its low and at its high end.
-    - ``device()``: the same five values of the same arguments, as a ``@triton.jit`` function.
+    - ``formula(log_prob, ratio, advantage)``: the loss in PyTorch operations, or (loss, {name:
+      further quantity of the token}).
+
+    That is enough: derivatives, closed form and Triton function follow from it as for
+    :func:`dl_norm.surrogate`. A class may bring its own
+
+    - ``device()``: a ``@triton.jit`` function of log_prob, ratio, advantage and ``settings()``,
+      which returns the loss, its derivative by the log of the ratio, its derivative by the
+      log-prob past the ratio, whether the ratio was clipped at its low and at its high end, and
+      the further quantities, named by ``extra_names``;
+    - ``closed_form(log_prob, ratio, advantage, *settings)``: the same values in PyTorch operations;
+    - ``settings()``: the numbers that these two take, the fields unless said otherwise.
 
     The ratio is exp of the clamped log-ratio, or exactly 1 without an old policy; beyond the clamp
-    the derivative through it is dropped by the caller.
+    the caller drops the derivative through it.
     """
 
-    kind: ClassVar[str]
+    kind: str
     # Whether the derivative through the ratio depends on more of a token than its advantage.
-    uses_log_prob: ClassVar[bool] = True
-    # How many further values per token the closed form and the device function return.
-    num_extras: ClassVar[int] = 0
+    uses_log_prob: bool = True
     # Whether loss and derivatives are 0 where the advantage is: such tokens may be left out.
-    scales_with_advantage: ClassVar[bool] = False
+    scales_with_advantage: bool = False
+    # Of the further quantities per token, whose sums come back among the metrics.
+    extra_names: tuple[str, ...] = ()
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -53,23 +64,54 @@ class Surrogate:
         KINDS[cls.kind] = cls
 
     def settings(self) -> tuple[float, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))  # type: ignore
+        return tuple(self._fields().values())
 
-    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @staticmethod
-    def closed_form(log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Any:
         raise NotImplementedError
 
     @classmethod
-    def clipped(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
-        """The last two values of the closed form."""
-        return cls.closed_form(log_prob, ratio, advantage, *settings)[3:5]
+    def closed_form(
+        cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float
+    ) -> tuple[Any, ...]:
+        return _traced(cls).of_settings(log_prob, ratio, advantage, settings)
+
+    @classmethod
+    def counted(
+        cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float
+    ) -> tuple[Any, ...]:
+        """What of the closed form the metrics count: the two flags and the further quantities."""
+        return cls.closed_form(log_prob, ratio, advantage, *settings)[3:]
 
     @staticmethod
     def device() -> JITFunction:
         raise NotImplementedError
+
+    def resolved(self) -> Surrogate:
+        """What computes it: itself, or, where it has a formula alone, what follows from that."""
+        if type(self).device is not Surrogate.device:
+            return self
+        return _traced(type(self)).with_settings(**self._fields())
+
+    def _fields(self) -> dict[str, float]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore
+
+
+@functools.cache
+def _traced(cls: type[Surrogate]) -> FormulaSurrogate:
+    """The surrogate of a class's formula, at the defaults of its fields or, without, at 1."""
+    from .formula import FormulaSurrogate
+
+    names = {f.name: 1.0 if f.default is MISSING else f.default for f in dataclasses.fields(cls)}  # type: ignore
+
+    def formula(log_prob, ratio, advantage, **fields):
+        instance = object.__new__(cls)  # past its checks, which look at values
+        for name, value in fields.items():
+            object.__setattr__(instance, name, value)
+        return instance.formula(log_prob, ratio, advantage)
+
+    formula.__name__ = cls.__name__.lower()
+    setattr(formula, "__wrapped__", cls.formula)  # where its source and its lines are  # noqa: B010
+    return FormulaSurrogate(formula, names)  # type: ignore
 
 
 def clamp(values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -131,8 +173,8 @@ class Clip(Surrogate, kind="clip"):
             loss = torch.where(advantage < 0, clamp(loss, -math.inf, cap), loss)
         return loss
 
-    @staticmethod
-    def closed_form(log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
         low, high = Clip.bounds(advantage, *settings)
         clipped = torch.minimum(torch.maximum(ratio, low), high)
         loss = -advantage * clipped
@@ -148,7 +190,7 @@ class Clip(Surrogate, kind="clip"):
         return low, _by_sign(advantage, positive_high, negative_high)
 
     @classmethod
-    def clipped(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+    def counted(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
         low, high = cls.bounds(advantage, *settings)
         return ratio < low, ratio > high
 
@@ -184,8 +226,8 @@ class Cispo(Surrogate, kind="cispo"):
     def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
         return -clamp(ratio, *self.settings()).detach() * advantage * log_prob
 
-    @staticmethod
-    def closed_form(log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
         low, high = settings
         past_ratio = -advantage * ratio.clamp(low, high)
         return past_ratio * log_prob, 0.0, past_ratio, ratio < low, ratio > high
@@ -219,8 +261,8 @@ class Sapo(Surrogate, kind="sapo"):
     def temperature(advantage: Tensor, positive: float, negative: float) -> Tensor:
         return torch.full_like(advantage, negative).masked_fill_(advantage > 0, positive)
 
-    @staticmethod
-    def closed_form(log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
         temperature = Sapo.temperature(advantage, *settings)
         logit = temperature * (ratio - 1.0)
         gate = torch.sigmoid(logit)
@@ -236,4 +278,62 @@ class Sapo(Surrogate, kind="sapo"):
         return sapo
 
 
-SURROGATES: dict[str, type[Surrogate]] = {kind: KINDS[kind] for kind in ("clip", "cispo", "sapo")}
+SURROGATES: dict[str, type[Surrogate]] = {kind.kind: kind for kind in (Clip, Cispo, Sapo)}
+
+
+def load(surrogate: str | Surrogate | Callable[..., Any], **fields: float) -> Surrogate:
+    """The token loss that a configuration names.
+
+    ``surrogate``: a built-in name (``"clip"``, …); the import path ``"package.module:name"`` of a
+    formula (see :func:`dl_norm.surrogate`), of a class derived from :class:`Surrogate` or of an
+    instance of one; or one of these itself. ``fields``: the options of a class, the settings of a
+    formula.
+
+    Raises:
+        ValueError: there is no such name, module or attribute; fields for an instance, which has
+            its own.
+        TypeError: what is there is none of these, or does not take these fields.
+    """
+    found: Any = surrogate
+    if isinstance(surrogate, str):
+        found = SURROGATES.get(surrogate) or _imported(surrogate)
+    if isinstance(found, Surrogate):
+        if fields:
+            raise ValueError(
+                f"{surrogate} has its settings; {', '.join(fields)} cannot be given too"
+            )
+        return found
+    if isinstance(found, type) and issubclass(found, Surrogate):
+        return found(**fields)
+    if callable(found) and not isinstance(found, type):
+        from .formula import surrogate as of_formula
+
+        return of_formula(found, **fields)
+    raise TypeError(
+        "a surrogate is a name, a formula, or a class or instance of dl_norm.surrogates.Surrogate; "
+        f"{surrogate!r} is {found!r:.80}"
+    )
+
+
+def _imported(path: str) -> Any:
+    module_name, colon, attributes = path.partition(":")
+    if not (module_name and colon and attributes):
+        raise ValueError(
+            f"there is no surrogate {path!r}: take one of {', '.join(SURROGATES)}, or the import "
+            'path of your own, "package.module:name"'
+        )
+    try:
+        found = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # An import of something else that fails in that module is told as it is.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"surrogate={path!r}: there is no module {error.name!r} on Python's path"
+        ) from error
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            name = getattr(found, "__name__", repr(found))
+            raise ValueError(f"surrogate={path!r}: {name} has no {attribute!r}")
+        found = getattr(found, attribute)
+    return found

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..checks import check_single_gradient, has_no_values
-from ..metrics import NUM_METRIC_SUMS
 from ..operators import operator
 from ..options import TokenLoss
 from . import closed_form
@@ -41,7 +40,7 @@ def _(
     return (
         log_probs.new_empty((), dtype=torch.float32),
         log_probs.new_empty(log_probs.shape if write_grad else (0,), dtype=grad_dtype),
-        log_probs.new_empty((NUM_METRIC_SUMS if metrics else 0,), dtype=torch.float32),
+        log_probs.new_empty(terms.num_sums if metrics else 0, dtype=torch.float32),
     )
 
 

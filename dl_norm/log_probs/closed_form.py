@@ -176,9 +176,8 @@ def _metric_sums(batch: Batch, terms: TokenLoss, mean_log_ratio: Tensor | None) 
         ref_log_ratio = difference(batch.ref_log_probs, batch.log_probs)
         kl = ref_log_ratio.exp().sub_(ref_log_ratio).sub_(1.0)
         kl = (kl.mul_(ratio) if terms.bias_corrected_kl else kl).sum()
-    below, above = terms.kind.clipped(
-        torch.where(counted, batch.log_probs.float(), 0.0), ratio, advantage, *terms.settings
-    )
+    log_prob = torch.where(counted, batch.log_probs.float(), 0.0)
+    below, above, *extras = terms.kind.counted(log_prob, ratio, advantage, *terms.settings)
 
     def count(flags: Tensor, of: Tensor) -> Tensor:
         # As floats, which the CPU adds several times faster than bools.
@@ -195,6 +194,7 @@ def _metric_sums(batch: Batch, terms: TokenLoss, mean_log_ratio: Tensor | None) 
             (ratio - 1.0).sub_(log_ratio).sum(),
             kl,
             torch.mul(ratio, ones).amax() if ratio.numel() else kl,
+            *(torch.where(counted, extra, 0).sum(dtype=torch.float32) for extra in extras),
         ]
     )
 

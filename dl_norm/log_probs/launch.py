@@ -20,7 +20,6 @@ from ..kernels.policy_loss import (
     policy_loss_reduce_kernel,
     policy_loss_sequence_kernel,
 )
-from ..metrics import NUM_METRIC_SUMS
 from ..options import TokenLoss
 
 
@@ -60,8 +59,8 @@ def policy_loss_fwd(
     device = log_probs.device
     tokens = log_probs.numel()
     sequences = batch.weights.shape[0]
-    num_extras = terms.kind.num_extras if metrics else 0
-    num_sums = NUM_METRIC_SUMS + num_extras if metrics else 0
+    num_extras = len(terms.kind.extra_names) if metrics else 0
+    num_sums = terms.num_sums if metrics else 0
     grad_dtype = torch.float32 if log_probs.dtype == torch.float16 else log_probs.dtype
     loss = torch.empty((), dtype=torch.float32, device=device)
     sums = torch.empty(num_sums, dtype=torch.float32, device=device)

@@ -163,7 +163,7 @@ def policy_loss(
         log_probs, batch, terms, implementation_for(impl, log_probs), write_grad, return_metrics
     )
     if return_metrics:
-        return loss, PolicyLossMetrics.from_sums(sums, weights)
+        return loss, PolicyLossMetrics.from_sums(sums, weights, terms.kind.extra_names)
     return loss
 
 

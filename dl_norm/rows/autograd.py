@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..checks import check_single_gradient, has_no_values
-from ..metrics import NUM_METRIC_SUMS
 from ..operators import operator
 from .chunks import ChunkOptions
 from .passes import Forward, linear_forward, log_probs_forward, logits_forward, scale_grad
@@ -20,12 +19,14 @@ _CONTIGUOUS = torch.contiguous_format
 
 
 def _fake_forward(rows: TokenRows, settings: RowSettings, half: bool) -> Forward:
+    assert settings.terms is not None
+
     def empty(*shape) -> Tensor:
         return rows.token_ids.new_empty(shape, dtype=torch.float32)
 
     return (
         empty(), empty(rows.count), empty(rows.count if settings.entropy else 0),
-        empty(NUM_METRIC_SUMS if settings.metrics else 0), empty() if half else empty(0),
+        empty(settings.terms.num_sums if settings.metrics else 0), empty() if half else empty(0),
     )  # fmt: skip
 
 

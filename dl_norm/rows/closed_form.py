@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..log_probs import closed_form
+from ..metrics import NUM_METRIC_SUMS
 from .records import RowOutputs, RowSettings, TokenRows
 
 # Logits that are worked on together, 4 MB: the passes over them run in a CPU's cache.
@@ -147,10 +148,8 @@ def _block_pass(
 
 
 def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss (0-dim) and the (9,) sums of PolicyLossMetrics (empty without metrics)."""
-    loss = partials[0].sum()
-    if partials.shape[0] == 1:
-        return loss, partials.new_empty(0)
-    if partials.shape[1] == 0:
-        return loss, partials.new_zeros(partials.shape[0] - 1)
-    return loss, torch.cat([partials[1:-1].sum(1), partials[-1].amax().view(1)])
+    """The loss (0-dim) and the sums of PolicyLossMetrics (empty without metrics)."""
+    sums = partials.sum(1)
+    if partials.shape[0] > 1 and partials.shape[1]:
+        sums[NUM_METRIC_SUMS] = partials[NUM_METRIC_SUMS].amax()  # the largest ratio
+    return sums[0], sums[1:]

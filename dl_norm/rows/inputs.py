@@ -51,7 +51,11 @@ class Wanted:
         return self.entropy or self.return_log_probs or self.return_metrics
 
     def outputs(
-        self, results: tuple[Tensor, Tensor, Tensor, Tensor], shape: torch.Size, weights: Tensor
+        self,
+        results: tuple[Tensor, ...],
+        shape: torch.Size,
+        weights: Tensor,
+        extra_names: tuple[str, ...],
     ) -> Tensor | tuple[Tensor, PolicyLossOutputs]:
         """What the public function returns, of the results of its autograd Function."""
         loss, log_probs, entropy, sums = results
@@ -60,7 +64,9 @@ class Wanted:
         return loss, PolicyLossOutputs(
             log_probs.view(shape),
             entropy.view(shape) if self.entropy else None,
-            PolicyLossMetrics.from_sums(sums, weights) if self.return_metrics else None,
+            PolicyLossMetrics.from_sums(sums, weights, extra_names)
+            if self.return_metrics
+            else None,
         )
 
 

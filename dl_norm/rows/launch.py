@@ -82,7 +82,7 @@ def logits_pass(
             0.0 if terms is None else terms.beta,
             BIAS_CORRECTED_KL=terms is not None and terms.bias_corrected_kl,
             METRICS=settings.metrics,
-            NUM_EXTRAS=0 if terms is None else terms.kind.num_extras,
+            NUM_EXTRAS=0 if terms is None else len(terms.kind.extra_names),
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps, **limit,
         )  # fmt: skip
 

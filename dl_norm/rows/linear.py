@@ -147,7 +147,7 @@ def linear_policy_loss(
             hidden, lm_head_weight, bias, rows, settings, chunks,
             implementation_for(impl, hidden), needed,
         )  # fmt: skip
-    return wanted.outputs(results, token_ids.shape, weights)
+    return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)
 
 
 def check_head(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:

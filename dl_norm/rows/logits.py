@@ -124,7 +124,7 @@ def logits_policy_loss(
     results = LogitsPolicyLossFunction.apply(
         logits, rows, settings, implementation_for(impl, logits), in_place, write_grad
     )
-    return wanted.outputs(results, token_ids.shape, weights)
+    return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)
 
 
 def _check_in_place(logits: Tensor) -> None:

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..checks import values_are_free
-from ..metrics import NUM_METRIC_SUMS
 from ..options import TokenLoss
-
-NUM_SUMS = 1 + NUM_METRIC_SUMS  # the loss first, as in kernels/policy_loss.py
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,15 @@ class RowSettings:
     metrics: bool = False
     entropy: bool = False
 
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        return () if self.terms is None else self.terms.kind.extra_names
+
 
 @dataclass(frozen=True)
 class RowOutputs:
-    """float32 results of N rows: log_probs (N,), entropy (N,) or None, and partials, (1 or 10, N):
-    addends of the loss and of the metrics, the last of ten combined by maximum."""
+    """float32 results of N rows: log_probs (N,), entropy (N,) or None, and partials, (sums, N):
+    addends of the loss, then of the metrics in their order, of which one is a maximum."""
 
     log_probs: Tensor
     entropy: Tensor | None
@@ -87,7 +88,8 @@ class RowOutputs:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        num_sums = 0 if settings.terms is None else NUM_SUMS if settings.metrics else 1
+        terms = settings.terms
+        num_sums = 0 if terms is None else 1 + terms.num_sums if settings.metrics else 1
         return cls(zeros(rows), zeros(rows) if settings.entropy else None, zeros(num_sums, rows))
 
 
