@@ -7,7 +7,6 @@ from :class:`Surrogate` and needs no change here.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -55,13 +54,23 @@ class Surrogate:
     uses_log_prob: bool = True
     # Whether loss and derivatives are 0 where the advantage is: such tokens may be left out.
     scales_with_advantage: bool = False
+    _whole: bool = False  # whether the class has its own device() and closed_form()
+    _traced: FormulaSurrogate  # of one that has not
     # Of the further quantities per token, whose sums come back among the metrics.
     extra_names: tuple[str, ...] = ()
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.kind = kind or f"{cls.__module__}:{cls.__qualname__}"
+        own = {name for base in cls.__mro__[: cls.__mro__.index(Surrogate)] for name in vars(base)}
+        cls._whole = {"device", "closed_form"} <= own
         KINDS[cls.kind] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        # Now the fields are known, and a call that is itself traced finds it done.
+        if not cls._whole and "_traced" not in vars(cls):
+            cls._traced = _of_class(cls)
+        return super().__new__(cls)
 
     def settings(self) -> tuple[float, ...]:
         return tuple(self._fields().values())
@@ -73,7 +82,7 @@ class Surrogate:
     def closed_form(
         cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float
     ) -> tuple[Any, ...]:
-        return _traced(cls).of_settings(log_prob, ratio, advantage, settings)
+        return cls._traced.of_settings(log_prob, ratio, advantage, settings)
 
     @classmethod
     def counted(
@@ -90,14 +99,13 @@ class Surrogate:
         """What computes it: itself, or, where it has a formula alone, what follows from that."""
         if type(self).device is not Surrogate.device:
             return self
-        return _traced(type(self)).with_settings(**self._fields())
+        return self._traced.with_settings(**self._fields())
 
     def _fields(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore
 
 
-@functools.cache
-def _traced(cls: type[Surrogate]) -> FormulaSurrogate:
+def _of_class(cls: type[Surrogate]) -> FormulaSurrogate:
     """The surrogate of a class's formula, at the defaults of its fields or, without, at 1."""
     from .formula import FormulaSurrogate
 

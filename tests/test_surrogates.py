@@ -1,0 +1,278 @@
+"""Token losses that the package does not know, from this file alone, in every implementation.
+
+One is a class with a device function of its own, the others are formulas. All of them, from
+log-probs, logits and hidden states, have the loss and gradient of float64 autograd of the formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import dl_norm
+from dl_norm.surrogates import SURROGATES, load
+
+IMPLEMENTATIONS = ("triton", "torch")
+
+
+@triton.jit
+def drift(log_prob, ratio, advantage, tau):
+    log_ratio = tl.log(ratio)
+    loss = -advantage * log_prob + 0.5 * tau * log_ratio * log_ratio
+    never = ratio < 0.0
+    return loss, tau * log_ratio, tl.zeros_like(loss) - advantage, never, never
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift(dl_norm.Surrogate):
+    """Policy gradient with a quadratic penalty on the log-ratio."""
+
+    tau: float = 0.3
+
+    def formula(self, log_prob, ratio, advantage):
+        return -advantage * log_prob + 0.5 * self.tau * ratio.log() ** 2
+
+    @staticmethod
+    def device():
+        return drift
+
+
+@dataclasses.dataclass(frozen=True)
+class Cubed(dl_norm.Surrogate):
+    """A class with a formula alone."""
+
+    scale: float = 0.5
+
+    def formula(self, log_prob, ratio, advantage):
+        return -advantage * self.scale * (ratio**3 - 1) / 3
+
+
+def truncated(log_prob, ratio, advantage, bound):  # a stop-gradient
+    return -advantage * log_prob * torch.clamp(ratio, max=bound).detach()
+
+
+def huber(log_prob, ratio, advantage, delta):  # a derivative discontinuity
+    error = ratio - 1
+    size = error.abs()
+    return torch.where(size < delta, 0.5 * error**2 - advantage * ratio, delta * size)
+
+
+def likelihood(log_prob, ratio, advantage):  # log-probs alone
+    return -log_prob * torch.sigmoid(log_prob)
+
+
+def soft_clip(log_prob, ratio, advantage, temperature):
+    gate = torch.tanh((ratio - 1) / temperature)
+    return -advantage * temperature * gate, {"saturated": gate.abs() > 0.1, "gate": gate}
+
+
+def clip(log_prob, ratio, advantage, eps_low=0.2, eps_high=0.28):
+    clipped = torch.clamp(ratio, 1 - eps_low, 1 + eps_high)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+CASES = {
+    "drift": Drift(),
+    "cubed": Cubed(0.7),
+    "truncated": dl_norm.surrogate(truncated, bound=1.1),
+    "huber": dl_norm.surrogate(huber, delta=0.25),
+    "likelihood": dl_norm.surrogate(likelihood),
+    "soft_clip": dl_norm.surrogate(soft_clip, temperature=0.5),
+    "clip": dl_norm.surrogate(clip),
+}
+LAYOUTS = ("padded", "packed")
+
+
+def case(layout, seed=0):
+    """Arguments of a loss of four sequences, one of them empty; ratios stay off the kinks."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, width = torch.tensor([7, 0, 19, 3]), 23
+    mask = torch.arange(width) < lengths[:, None]
+    log_probs = -0.1 - torch.rand(4, width, generator=generator)
+    steps = torch.randint(-6, 7, (4, width), generator=generator) / 16
+    tensors = {
+        "log_probs": log_probs,
+        "old_log_probs": log_probs - steps - 0.003,
+        "advantages": torch.randn(4, width, generator=generator),
+        "mask": mask,
+    }
+    if layout == "packed":
+        tensors = {name: tensor.flatten() for name, tensor in tensors.items()}
+        tensors["cu_seqlens"] = torch.arange(5) * width
+    tensors["weights"] = dl_norm.sequence_weights(lengths, max_length=width)
+    return tensors
+
+
+def gradient(function, tensors, **options):
+    leaf = tensors["log_probs"].clone().requires_grad_()
+    result = function(**{**tensors, "log_probs": leaf}, **options)
+    loss = result[0] if isinstance(result, tuple) else result
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), grad, result[1] if isinstance(result, tuple) else None
+
+
+def in_double(tensors):
+    return {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def assert_near(got, true, unit=2e-6):
+    scale = true.abs().max().clamp(min=1e-30)
+    assert ((got.double() - true).abs().max() / scale).item() <= unit
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+@pytest.mark.parametrize("name", CASES)
+def test_log_probs(name, level, layout, impl):
+    tensors = case(layout)
+    options = {"surrogate": CASES[name], "ratio_level": level, "return_metrics": True}
+    loss, grad, metrics = gradient(dl_norm.policy_loss, tensors, impl=impl, **options)
+    true, true_grad, expected = gradient(
+        dl_norm.reference.policy_loss, in_double(tensors), **options
+    )
+    assert_near(grad, true_grad)
+    terms = tensors["mask"].sum()
+    assert abs(loss.item() - true.item()) <= 2e-6 * terms * true_grad.abs().max().clamp(min=1e-3)
+    assert list(metrics.extras) == list(expected.extras)
+    for key, value in metrics.summary().items():
+        torch.testing.assert_close(value, expected.summary()[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_heads(name, layout, impl):
+    """From hidden states and from logits, with what it returns beside the loss."""
+    tensors = case(layout)
+    generator = torch.Generator().manual_seed(1)
+    shape = tensors.pop("log_probs").shape
+    hidden = torch.randn(*shape, 8, generator=generator)
+    head = torch.randn(11, 8, generator=generator) / 3
+    ids = torch.randint(11, shape, generator=generator)
+    tensors["old_log_probs"] = dl_norm.token_log_probs(hidden, ids, head) - (
+        torch.randint(-6, 7, shape, generator=generator) / 16 + 0.003
+    )
+    options = {"surrogate": CASES[name], "return_metrics": True}
+    wide = hidden.double().requires_grad_()
+    log_probs = (wide @ head.double().T).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    true, expected = dl_norm.reference.policy_loss(
+        log_probs=log_probs, **in_double(tensors), **options
+    )
+    true.backward()
+    leaf = hidden.clone().requires_grad_()
+    loss, outputs = dl_norm.linear_policy_loss(leaf, head, ids, **tensors, **options, impl=impl)
+    loss.backward()
+    assert_near(leaf.grad, wide.grad, 4e-6)
+    for key, value in outputs.metrics.summary().items():
+        torch.testing.assert_close(value, expected.summary()[key], rtol=1e-5, atol=1e-5)
+    logits = (hidden @ head.T).requires_grad_()
+    again = dl_norm.logits_policy_loss(logits, ids, **tensors, surrogate=CASES[name], impl=impl)
+    again.backward()
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-7)
+    assert_near(logits.grad.double() @ head.double(), wide.grad, 4e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_clip_as_a_formula_is_the_clip(layout, impl):
+    tensors = case(layout)
+    loss, grad, _ = gradient(
+        dl_norm.policy_loss, tensors, impl=impl, surrogate="clip", eps_high=0.28
+    )
+    mine, my_grad, _ = gradient(dl_norm.policy_loss, tensors, impl=impl, surrogate=CASES["clip"])
+    torch.testing.assert_close(my_grad, grad, rtol=2**-23, atol=0)  # 1 ulp
+    torch.testing.assert_close(mine, loss, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["drift", "cubed", "soft_clip"])
+def test_torch_compile(name, impl):
+    tensors = case("padded")
+
+    def step(log_probs):
+        given = {**tensors, "log_probs": log_probs}
+        return dl_norm.policy_loss(**given, surrogate=CASES[name], impl=impl)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for function in (step, compiled):
+        leaf = tensors["log_probs"].clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        if function is step:
+            expected = loss, leaf.grad
+    torch.testing.assert_close((loss, leaf.grad), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_a_setting_may_change_without_another_kernel():
+    from dl_norm.kernels.policy_loss import policy_loss_fwd_kernel
+
+    tensors = case("padded")
+    surrogates = [dl_norm.surrogate(soft_clip, temperature=t) for t in (0.4, 0.5, 0.6)]
+    assert len({each.kind for each in surrogates}) == 1
+    assert len({each.device() for each in surrogates}) == 1
+    losses = {dl_norm.policy_loss(**tensors, surrogate=s, impl="triton").item() for s in surrogates}
+    assert len(losses) == 3
+    del policy_loss_fwd_kernel
+
+
+def test_a_name_is_an_import_path(monkeypatch):
+    module = type(sys)("some_package_losses")
+    module.soft_clip = functools.partial(soft_clip, temperature=0.5)
+    module.plain = likelihood
+    module.Cubed, module.instance = Cubed, Cubed(0.7)
+    monkeypatch.setitem(sys.modules, "some_package_losses", module)
+    tensors = case("padded")
+    for name, same in (
+        ("some_package_losses:plain", CASES["likelihood"]),
+        ("some_package_losses:Cubed", Cubed()),
+        ("some_package_losses:instance", CASES["cubed"]),
+    ):
+        got = dl_norm.policy_loss(**tensors, surrogate=name)
+        assert torch.equal(got, dl_norm.policy_loss(**tensors, surrogate=same))
+    with pytest.raises(ValueError, match=r"there is no surrogate 'clipp'.*import path"):
+        dl_norm.policy_loss(**tensors, surrogate="clipp")
+    with pytest.raises(ValueError, match=r"dual_clip=3.0 has no effect with surrogate="):
+        dl_norm.policy_loss(**tensors, surrogate=CASES["drift"], dual_clip=3.0)
+    assert load("sapo") == SURROGATES["sapo"]()
+
+
+def test_metrics_of_two_surrogates_do_not_add_up():
+    tensors = case("padded")
+    options = {"return_metrics": True}
+    _, mine = dl_norm.policy_loss(**tensors, surrogate=CASES["soft_clip"], **options)
+    _, other = dl_norm.policy_loss(**tensors, **options)
+    twice = (mine + mine).summary()
+    torch.testing.assert_close(twice["saturated"], mine.summary()["saturated"])
+    with pytest.raises(ValueError, match="metrics of two surrogates"):
+        mine + other
+
+
+def test_a_second_process_finds_the_generated_function(tmp_path):
+    """The file is named by its text: a process that makes the same one does not write it again."""
+    code = (
+        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; import dl_norm\n"
+        "def mine(log_prob, ratio, advantage, power):\n    return -advantage * ratio * power\n"
+        "s = dl_norm.surrogate(mine, power=2.0); s.device(); print(s.kind)"
+    )
+    environment = {"DL_NORM_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    kinds, times = [], []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        kinds.append(run.stdout)
+        times.append([path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.py"))])
+    assert kinds[0] == kinds[1] and times[0] == times[1] and len(times[0]) == 1
