@@ -16,6 +16,7 @@ from .kernels.logits_policy_loss import logits_policy_loss_kernel
 from .launch import contiguous
 from .launch import reduce_partials as launch_reduce
 from .logits_closed_form import RowOutputs, RowSettings
+from .options import PolicyLossOptions
 from .surrogates import token_loss_of
 from .token_rows import TokenRows
 
@@ -67,7 +68,9 @@ def logits_pass(
     # Left alone, ptxas fits some kernels into 32 registers: a second program on a multiprocessor
     # then drives the first one's row out of the cache, and some registers into memory.
     limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
-    terms = None if settings.options is None else token_loss_of(settings.options)
+    terms = settings.options
+    if isinstance(terms, PolicyLossOptions):
+        terms = token_loss_of(terms)
 
     def ready(values: Tensor | None) -> Tensor | None:
         return contiguous(values, rows.count)

@@ -8,16 +8,25 @@ from typing import NamedTuple
 from .options import PolicyLossOptions
 
 
+KINDS: dict[str, type[Surrogate]] = {}
+
+
 class Surrogate:
+    kind: str
     uses_log_prob = True
     num_extras = 0
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.kind = kind or f"{cls.__module__}:{cls.__qualname__}"
+        KINDS[cls.kind] = cls
 
     @staticmethod
     def device():
         raise NotImplementedError
 
 
-class Clip(Surrogate):
+class Clip(Surrogate, kind="clip"):
     uses_log_prob = False
 
     @staticmethod
@@ -27,7 +36,7 @@ class Clip(Surrogate):
         return clip
 
 
-class Cispo(Surrogate):
+class Cispo(Surrogate, kind="cispo"):
     uses_log_prob = False
 
     @staticmethod
@@ -37,7 +46,7 @@ class Cispo(Surrogate):
         return cispo
 
 
-class Sapo(Surrogate):
+class Sapo(Surrogate, kind="sapo"):
     uses_log_prob = False
 
     @staticmethod
@@ -47,7 +56,7 @@ class Sapo(Surrogate):
         return sapo
 
 
-KINDS: dict[str, type[Surrogate]] = {"clip": Clip, "cispo": Cispo, "sapo": Sapo}
+SURROGATES: dict[str, type[Surrogate]] = {kind: KINDS[kind] for kind in ("clip", "cispo", "sapo")}
 
 
 class TokenLoss(NamedTuple):
