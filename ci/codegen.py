@@ -41,8 +41,11 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 import dl_norm
+from dl_norm.batch import Batch
+from dl_norm.kernels.policy_loss import TokenStreams
 from dl_norm.log_probs import launch
-from dl_norm.options import PolicyLossOptions
+from dl_norm.options import TokenLoss, make_token_loss
+from dl_norm.surrogates import SURROGATES, Surrogate
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -54,22 +57,40 @@ FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "polic
 SEQUENCE = "policy_loss_sequence_kernel"
 
 
+@triton.jit
+def own_loss(log_prob, ratio, advantage, strength):
+    """A token loss as a user may write it: every value depends on every argument, with an extra."""
+    squared = log_prob * log_prob
+    loss = strength * squared - advantage * ratio
+    through_ratio, past_ratio = -advantage * ratio * squared, 2.0 * strength * log_prob
+    return loss, through_ratio, past_ratio, ratio < 0.5, ratio > 2.0, squared
+
+
+class Own(Surrogate, kind="own"):
+    extra_names = ("squared",)
+
+    @staticmethod
+    def device():
+        return own_loss
+
+
+KINDS = (*SURROGATES, Own.kind)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One configuration: what a caller passes, not the flags that the launcher makes of it."""
+    """One configuration: what a caller passes, not what the launcher makes of it."""
 
     name: str
     kernel: str = FWD
     dtype: str = "float32"
     mask: str | None = "bool"
     packed: bool = False
-    strided: bool = False
     old: bool = True
     ref: bool = False
     advantages: str = "sequence"
-    rollout: str | None = None
-    entropy_mask: str | None = None  # dtype
-    sequence_mask: bool = False
+    policy_weights: str | None = None  # "sequence" or "token"
+    policy_dtype: str = "float32"  # of those
     level: str = "token"
     surrogate: str = "clip"
     corrected: bool = False  # the bias-corrected KL
@@ -78,16 +99,13 @@ class Case:
     out: str | None = None  # dtype that the backward kernel writes
 
 
-# Every flag of the forward kernel alone on the plain padded case, every value of a flag with more
-# than two, the two layouts and the three dtypes with each other, what the trainers pass, and the
-# union of all flags, where register pressure is highest. Flags act on separate loads, so pairs
-# that are not listed add nothing that the union does not hold. Of the variants likewise: each
-# alone, and their union with all flags for each surrogate.
-_EVERYTHING = {"ref": True, "advantages": "token", "rollout": "token", "metrics": True}
-_VARIANTS = {
-    **_EVERYTHING, "entropy_mask": "bool", "sequence_mask": True, "level": "sequence",
-    "surrogate": "sapo", "corrected": True,
-}  # fmt: skip
+# Everything that may be absent on the plain padded case alone, every dtype of a mask, the two
+# layouts and the three dtypes with each other, what the trainers pass, and all together, where
+# register pressure is highest. Tensors are read and used one by one, so pairs that are not listed
+# add nothing that all together do not hold. Of ratio levels and token losses likewise: each alone,
+# and with everything else.
+_EVERYTHING = {"ref": True, "advantages": "token", "policy_weights": "token", "metrics": True}
+_VARIANTS = {**_EVERYTHING, "level": "sequence", "corrected": True}
 CASES = (
     Case("padded"),
     Case("packed", packed=True, mask=None),
@@ -100,53 +118,53 @@ CASES = (
     Case("no old, ref", old=False, ref=True),
     Case("ref", ref=True),
     Case("token advantages", advantages="token"),
-    Case("rollout by sequence", rollout="sequence"),
-    Case("rollout by token", rollout="token"),
+    Case("policy weights by sequence", policy_weights="sequence"),
+    Case("policy weights by token", policy_weights="token"),
+    Case("policy mask by sequence", policy_weights="sequence", policy_dtype="bool"),
+    Case("policy mask by token", policy_weights="token", policy_dtype="bool"),
     Case("metrics", metrics=True),
-    Case("strided", strided=True),
-    Case("packed, strided", packed=True, strided=True, mask=None),
-    Case("TRL", mask="int64", ref=True, rollout="token"),
-    Case("verl", mask="int64", advantages="token", rollout="token", metrics=True),
+    Case("TRL", mask="int64", ref=True, policy_weights="token"),
+    Case("verl", mask="int64", advantages="token", policy_weights="token", metrics=True),
     Case("everything", **_EVERYTHING),
     Case("packed, everything", packed=True, **_EVERYTHING),
-    Case("strided, everything", strided=True, **_EVERYTHING),
     Case("everything, no grad", grad=False, **_EVERYTHING),
     Case("bf16", dtype="bfloat16"),
     Case("bf16 packed", dtype="bfloat16", packed=True, mask=None),
     Case("bf16 mask int64", dtype="bfloat16", mask="int64"),
     Case("bf16 metrics", dtype="bfloat16", metrics=True),
     Case("bf16 everything", dtype="bfloat16", **_EVERYTHING),
-    Case("bf16 strided", dtype="bfloat16", strided=True),
     Case("fp16", dtype="float16"),
     Case("fp16 packed, everything", dtype="float16", packed=True, **_EVERYTHING),
     Case("sequence ratio", level="sequence"),
     Case("sequence ratio, token advantages", level="sequence", advantages="token"),
     Case("packed, sequence ratio", level="sequence", packed=True, mask=None),
-    Case("CISPO", surrogate="cispo"),
-    Case("CISPO, no old", surrogate="cispo", old=False),
-    Case("SAPO", surrogate="sapo"),
     Case("corrected KL", ref=True, corrected=True),
-    Case("entropy mask", entropy_mask="bool"),
-    Case("sequence mask", sequence_mask=True),
-    Case("variants", **_VARIANTS),
-    Case("CISPO, variants", **{**_VARIANTS, "surrogate": "cispo"}),
     Case("packed, variants", packed=True, **_VARIANTS),
-    Case("strided, variants", strided=True, **_VARIANTS),
-    Case("bf16 variants", dtype="bfloat16", **_VARIANTS),
-    Case("bf16 CISPO, variants", dtype="bfloat16", **{**_VARIANTS, "surrogate": "cispo"}),
+    *(Case(kind, surrogate=kind) for kind in KINDS),
+    *(Case(f"{kind}, variants", surrogate=kind, **_VARIANTS) for kind in KINDS),
+    *(
+        Case(f"bf16 {kind}, variants", dtype="bfloat16", surrogate=kind, **_VARIANTS)
+        for kind in KINDS
+    ),
+    Case("cispo, no old", surrogate="cispo", old=False),
     Case("mean of a sequence", kernel=SEQUENCE, level="sequence_token"),
     Case("mean of a sequence, packed", kernel=SEQUENCE, level="sequence", packed=True, mask=None),
-    Case("mean of a sequence, variants", kernel=SEQUENCE, **_VARIANTS),
     Case("mean of a sequence, no old", kernel=SEQUENCE, old=False, **_VARIANTS),
-    Case("mean of a sequence, clip", kernel=SEQUENCE, **{**_VARIANTS, "surrogate": "clip"}),
-    Case("mean of a sequence, CISPO", kernel=SEQUENCE, **{**_VARIANTS, "surrogate": "cispo"}),
+    Case(
+        "mean of a sequence, policy weights by sequence", kernel=SEQUENCE,
+        **{**_VARIANTS, "policy_weights": "sequence"},
+    ),
     Case("mean of a sequence, bf16", kernel=SEQUENCE, dtype="bfloat16", packed=True, **_VARIANTS),
+    *(
+        Case(f"mean of a sequence, {kind}", kernel=SEQUENCE, surrogate=kind, **_VARIANTS)
+        for kind in KINDS
+    ),
     Case("sum of the loss", kernel=REDUCE),
     Case("sum of loss and metrics", kernel=REDUCE, metrics=True),
     Case("in place float32", kernel=BWD, out="float32"),
     Case("in place bfloat16", kernel=BWD, dtype="bfloat16", out="bfloat16"),
     Case("float32 to float16", kernel=BWD, out="float16"),
-)
+)  # fmt: skip
 
 
 class OfflineDriver:
@@ -204,39 +222,41 @@ def launch_case(case: Case, batch: int = 3, length: int = 20, **options: Any) ->
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
     def tokens(dtype: str) -> Tensor:
-        if case.packed:
-            stream = tensor((batch * length * (1 + case.strided),), dtype)
-            return stream[:: 1 + case.strided]
-        return tensor((batch, length + case.strided), dtype)[:, :length]
+        return tensor((batch * length,) if case.packed else (batch, length), dtype)
+
+    def per(what: str | None, dtype: str = "float32") -> Tensor | None:
+        if what is None:
+            return None
+        return tokens(dtype) if what == "token" else tensor((batch, 1), dtype)
 
     if case.kernel == BWD:
         launch.policy_loss_bwd(
             tokens(case.dtype), tensor((), "float32"), getattr(torch, str(case.out))
         )
         return
-    per = {"token": lambda: tokens("float32"), "sequence": lambda: tensor((batch,), "float32")}
-    launch.policy_loss_fwd(
-        tokens(case.dtype),
-        tokens(case.dtype) if case.old else None,
-        per[case.advantages](),
-        tokens(case.mask) if case.mask else None,
-        tensor((batch,), "float32"),
-        tensor((batch + 1,), "int64") if case.packed else None,
-        tokens(case.dtype) if case.ref else None,
-        per[case.rollout]() if case.rollout else None,
-        PolicyLossOptions(
-            **{
-                "beta": 0.04 if case.ref else 0.0,
-                "ratio_level": case.level,
-                "surrogate": case.surrogate,
-                "bias_corrected_kl": case.corrected,
-                **options,
-            }
-        ),
-        case.grad,
-        case.metrics,
-        tokens(case.entropy_mask) if case.entropy_mask else None,
-        tensor((batch,), "bool") if case.sequence_mask else None,
+    given = Batch(
+        log_probs=tokens(case.dtype),
+        old_log_probs=tokens(case.dtype) if case.old else None,
+        ref_log_probs=tokens(case.dtype) if case.ref else None,
+        advantages=per(case.advantages),  # type: ignore
+        mask=tokens(case.mask) if case.mask else None,
+        policy_weights=per(case.policy_weights, case.policy_dtype),
+        weights=tensor((batch,), "float32"),
+        cu_seqlens=tensor((batch + 1,), "int64") if case.packed else None,
+    )
+    launch.policy_loss_fwd(given, token_loss(case, **options), case.grad, case.metrics)
+
+
+def token_loss(case: Any, **options: Any) -> TokenLoss:
+    """The terms of a case; ``options`` of :func:`dl_norm.policy_loss` but the surrogate's name."""
+    if case.surrogate == Own.kind:
+        terms = TokenLoss(Own.kind, (0.5,), beta=0.04)
+    else:
+        terms = make_token_loss(surrogate=case.surrogate, **options)
+    return terms._replace(
+        beta=options.get("beta", 0.04 if case.ref else 0.0),
+        ratio_level=case.level,
+        bias_corrected_kl=case.corrected,
     )
 
 
@@ -251,15 +271,26 @@ def compile_case(case: Case, arch: str) -> dict[str, Any]:
 def compile_launch(found: Launch, arch: str) -> dict[str, Any]:
     target = TARGETS[arch]
     kernel = triton.compile(found.source, target=target, options=found.options)
-    names = found.source.fn.arg_names
-    constants = {names[path[0]]: value for path, value in found.source.constants.items()}
     return {
         "kernel": found.kernel,
         "target": arch,
         "threads": found.options["num_warps"] * target.warp_size,
-        "constants": constants,
+        "constants": constants(found),
         **read_machine_code(kernel.asm),
     }
+
+
+def constants(launched: Launch) -> dict[str, Any]:
+    """What the kernel is compiled for: its constexpr arguments, and None for what is absent. A part
+    of a tuple is called by its name or number: ``tokens.mask``, ``surrogate.0``."""
+    arguments = launched.source.fn.arg_names
+    fields = {"tokens": TokenStreams._fields}
+    found = {}
+    for (first, *rest), value in launched.source.constants.items():
+        name = arguments[first]
+        parts = [fields[name][part] if name in fields else str(part) for part in rest]
+        found[".".join([name, *parts])] = getattr(value, "__name__", value)
+    return found
 
 
 def read_machine_code(asm) -> dict[str, Any]:
@@ -338,9 +369,10 @@ def _read_hip(asm) -> dict[str, Any]:
     }
 
 
-# Sizes that a specialising JIT would tell apart: 1, multiples of 16, odd, beyond 2^31.
+# Sizes that a specialising JIT would tell apart: 1, multiples of 16, odd, beyond 2^31. Not T = 1,
+# where a value per sequence is one per token, and read as such by another kernel.
 SIZES = (
-    (1, 1), (1, 16), (16, 1), (3, 17), (64, 1023), (64, 1024), (1024, 8192), (1, 1_000_000),
+    (1, 2), (1, 16), (16, 2), (3, 17), (64, 1023), (64, 1024), (1024, 8192), (1, 1_000_000),
     (2, 2**31 + 1), (2**16, 2**16),
 )  # fmt: skip
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -352,13 +384,14 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "cispo": ({}, {"eps_low": 1.0, "eps_high": 4.0}, {"log_ratio_clamp": None, "beta": 1.0}),
     "sapo": ({}, {"sapo_temperature_pos": 2.0}, {"sapo_temperature_neg": 1.0, "beta": 1.0}),
+    "own": ({}, {"beta": 1.0}),
 }
 
 
 def count_keys(arch: str) -> dict[str, int]:
     """JIT cache keys, that is compilations, per case while everything but its flags changes.
 
-    Swept are the sizes, hence N, T, G, programs and strides, and the numbers of the loss. alpha
+    Swept are the sizes, hence N, T, G and programs, and the numbers of the loss. alpha
     and M act before the kernel, in the weights.
     """
     counts = {}
@@ -369,7 +402,7 @@ def count_keys(arch: str) -> dict[str, int]:
             if case.kernel in (FWD, SEQUENCE):
                 for options in OPTIONS[case.surrogate]:
                     launch_case(case, **options)
-        counts[case.name] = _most_keys(launches, case.kernel)
+        counts[case.name] = len({entry.key for entry in launches if entry.kernel == case.kernel})
     return counts
 
 
@@ -386,21 +419,15 @@ def count_slice_keys(arch: str) -> dict[str, int]:
             for i in range(batch):
                 log_probs, old, mask = (s[i * step : (i + 1) * step] for s in streams)
                 launch.policy_loss_fwd(
-                    log_probs, old, advantages[i : i + 1], mask, weights[i : i + 1],
-                    torch.tensor([0, length]) if layout == "packed" else None, None, None,
-                    PolicyLossOptions(), True, False,
+                    Batch(
+                        log_probs, old, None, advantages[i : i + 1, None], mask, None,
+                        weights[i : i + 1],
+                        torch.tensor([0, length]) if layout == "packed" else None,
+                    ),
+                    make_token_loss(), True, False,
                 )  # fmt: skip
         counts[layout] = len({entry.key for entry in launches if entry.kernel == FWD})
     return counts
-
-
-def _most_keys(launches: list[Launch], kernel: str) -> int:
-    # Sizes may change a flag, and with it the kernel: a view of one row is contiguous.
-    keys: dict[str, set[str]] = {}
-    for entry in launches:
-        if entry.kernel == kernel:
-            keys.setdefault(str(entry.source.constants), set()).add(entry.key)
-    return max(len(found) for found in keys.values())
 
 
 def compile_all(

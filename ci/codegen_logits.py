@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dl_norm.options import PolicyLossOptions
-from dl_norm.rows.closed_form import RowOutputs, RowSettings
 from dl_norm.rows.launch import logits_pass
-from dl_norm.rows.records import TokenRows
+from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows
 
 
 @dataclass(frozen=True)
@@ -33,20 +31,21 @@ class Case:
     loss: bool = True
     old: bool = True
     ref: bool = False
-    rollout: bool = False
+    policy_weights: bool = False
     softcap: bool = False
     entropy: bool = False
     metrics: bool = False
     surrogate: str = "clip"
-    bias_corrected_kl: bool = False
+    corrected: bool = False  # the bias-corrected KL
+    level: str = "token"
     huge: bool = False  # 4 GB of logits: beyond 32-bit offsets
 
 
 # Every flag alone with bfloat16, the dtypes with each other, and the union of all flags, where
 # register pressure is highest.
 _EVERYTHING = {
-    "ref": True, "rollout": True, "softcap": True, "entropy": True, "metrics": True,
-    "surrogate": "sapo", "bias_corrected_kl": True,
+    "ref": True, "policy_weights": True, "softcap": True, "entropy": True, "metrics": True,
+    "surrogate": "sapo", "corrected": True,
 }  # fmt: skip
 _FP16 = {"dtype": "float16", "grad": "float16"}
 _FP32 = {"dtype": "float32", "grad": "float32"}
@@ -54,10 +53,9 @@ CASES = (
     Case("bf16"),
     Case("bf16 beyond 2 GiB", huge=True),
     Case("bf16 no old", old=False),
-    Case("bf16 ref, rollout", ref=True, rollout=True),
+    Case("bf16 ref, policy weights", ref=True, policy_weights=True),
     Case("bf16 softcap", softcap=True),
-    Case("bf16 cispo", surrogate="cispo"),
-    Case("bf16 sapo", surrogate="sapo"),
+    *(Case(f"bf16 {kind}", surrogate=kind) for kind in codegen.KINDS),
     Case("bf16 entropy", entropy=True),
     Case("bf16 metrics", metrics=True),
     Case("bf16 everything", **_EVERYTHING),
@@ -99,15 +97,10 @@ def launch_case(
         weights=tensor(tokens) if case.loss else None,
         old_log_probs=tensor(tokens) if case.old else None,
         ref_log_probs=tensor(tokens) if case.ref else None,
-        rollout_weights=tensor(tokens) if case.rollout else None,
+        policy_weights=tensor(tokens) if case.policy_weights else None,
     )
-    options = None
-    if case.loss:
-        options = PolicyLossOptions(
-            beta=0.04 if case.ref else 0.0, surrogate=case.surrogate,
-            bias_corrected_kl=case.bias_corrected_kl,
-        )  # fmt: skip
-    settings = RowSettings(0.7, 30.0 if case.softcap else None, options, case.metrics, case.entropy)
+    terms: Any = codegen.token_loss(case) if case.loss else None
+    settings = RowSettings(0.7, 30.0 if case.softcap else None, terms, case.metrics, case.entropy)
     outputs = RowOutputs.zeros(tokens, settings, logits.device)
     logits_pass(logits, grad, rows, 0, settings, outputs)
 

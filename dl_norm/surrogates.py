@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 KINDS: dict[str, type[Surrogate] | Surrogate] = {}
 
 
+KINDS: dict[str, type[Surrogate]] = {}
+
+
 class Surrogate:
     """The policy term of one token: a loss of its log-prob, ratio and advantage.
 

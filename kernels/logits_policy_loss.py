@@ -12,7 +12,7 @@ from .surrogates import NUM_METRICS, clamped_ratio, policy_term, token_kl, token
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Where a running maximum starts: below every logit but finite, so that -inf - LOWEST is -inf.
+# Finite, so that -inf - LOWEST is -inf and 0 * LOWEST is 0.
 LOWEST = tl.constexpr(-3.4028234e38)
 
 
@@ -27,15 +27,79 @@ def _soft_cap(logits, softcap):
 
 
 @triton.jit
-def _logit_grad(logits, column, token_id, maximum, log2_sum, grad, to_log2, softcap):
-    """grad * (onehot - softmax), grad being the derivative of the loss by z of the token."""
-    capped = _soft_cap(logits, softcap)
-    probability = tl.exp2((capped - maximum) * to_log2 - log2_sum)
-    out = grad * (tl.where(column == token_id, 1.0, 0.0) - probability)
+def _load(PTR, wanted, softcap, POLICY: tl.constexpr):
+    """Logits as float32 after the soft cap; -inf where not ``wanted``, which is None for all."""
+    if wanted is None:
+        logits = _soft_cap(tl.load(PTR, eviction_policy=POLICY).to(tl.float32), softcap)
+    else:
+        logits = tl.load(PTR, mask=wanted, other=float("-inf"), eviction_policy=POLICY)
+        logits = _soft_cap(logits.to(tl.float32), softcap)
+        if softcap is not None:
+            logits = tl.where(wanted, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _add(total, dot, logits, scale, reference, ENTROPY):
+    """Adds up exp2(e) and for the entropy e exp2(e), with e = logits * scale - reference."""
+    exponent = tl.fma(logits, scale, -reference)
+    exp = tl.exp2(exponent)
+    total += tl.sum(exp, axis=-1)
+    if ENTROPY is not None:
+        dot += tl.sum(exp * tl.maximum(exponent, LOWEST), axis=-1)  # not 0 * -inf
+    return total, dot
+
+
+@triton.jit
+def _row_sums(
+    INTERIOR, EDGE, lane, rest, in_edge, parts, scale, reference, softcap, ENTROPY,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """The sums of _add over a whole row. Every thread adds up what it reads: no exchange in the
+    loops."""
+    whole, interior, edges = parts
+    BLOCK: tl.constexpr = lane.numel
+    total = tl.zeros([lane.shape[0]], tl.float32)
+    dot = tl.zeros([lane.shape[0]], tl.float32)
+    for start in range(0, whole, 2 * BLOCK):
+        first = _load(INTERIOR + start + lane, None, softcap, POLICY)
+        second = _load(INTERIOR + (start + BLOCK) + lane, None, softcap, POLICY)
+        total, dot = _add(total, dot, first, scale, reference, ENTROPY)
+        total, dot = _add(total, dot, second, scale, reference, ENTROPY)
+    for start in range(whole, interior, rest.numel):
+        logits = _load(INTERIOR + start + rest, start + rest < interior, softcap, POLICY)
+        total, dot = _add(total, dot, logits, scale, reference, ENTROPY)
+    row_total = tl.sum(total, axis=0)
+    row_dot = tl.sum(dot, axis=0)
+    if edges > 0:
+        logits = _load(EDGE, in_edge, softcap, POLICY)
+        row_total, row_dot = _add(row_total, row_dot, logits, scale, reference, ENTROPY)
+    return row_total, row_dot
+
+
+@triton.jit
+def _row_max(INTERIOR, EDGE, rest, in_edge, parts, softcap, POLICY: tl.constexpr):
+    whole, interior, edges = parts
+    largest = tl.max(_load(EDGE, in_edge, softcap, POLICY), axis=0)
+    of_groups = tl.full([rest.shape[0]], LOWEST, tl.float32)
+    for start in range(0, interior, rest.numel):
+        logits = _load(INTERIOR + start + rest, start + rest < interior, softcap, POLICY)
+        of_groups = tl.maximum(of_groups, tl.max(logits, axis=1))
+    return tl.maximum(largest, tl.max(of_groups, axis=0))
+
+
+@triton.jit
+def _store_grad(PTR, logits, wanted, scale, reference, factor, softcap):
+    """Stores factor * softmax, times the derivative of the soft cap."""
+    grad = factor * tl.exp2(tl.fma(logits, scale, -reference))
     if softcap is not None:
-        tanh = capped * (1.0 / softcap)
-        out *= 1.0 - tanh * tanh
-    return out
+        tanh = logits * (1.0 / softcap)
+        grad *= 1.0 - tanh * tanh
+    grad = grad.to(PTR.dtype.element_ty)
+    if wanted is None:
+        tl.store(PTR, grad)
+    else:
+        tl.store(PTR, grad, mask=wanted)
 
 
 # As in policy_loss.py nothing is specialised on values: one compiled kernel for every T, V, slice
@@ -92,85 +156,61 @@ def logits_policy_loss_kernel(
     BLOCK: tl.constexpr = GROUPS * VECTOR
     KEEP: tl.constexpr = "evict_last" if GRAD is not None else "evict_first"
     lane = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    rest = tl.arange(0, GROUPS)[:, None] * 2 + tl.arange(0, 2)[None, :]
 
     # A row starts anywhere when V is odd. Its interior [first, first + interior) is whole 16-byte
     # vectors, which the products say in a form that the compiler can prove; the few logits on
-    # either side of it are one small tile, so every V gets wide loads and stores.
+    # either side of it are one small tile, so every V gets wide loads and stores. Of the interior,
+    # whole tiles need no mask; the rest is read by narrower vectors, as each thread computes with
+    # all that it might read.
     row_start = offset + (pid // T) * stride_lb + (pid % T) * stride_lt
     row_end = row_start + V
     first = tl.cdiv(row_start, VECTOR) * VECTOR
     interior = tl.maximum((row_end - first).to(tl.int32) // VECTOR, 0) * VECTOR
-    INTERIOR = LOGITS + first
+    whole = interior // (2 * BLOCK) * (2 * BLOCK)
+    parts = whole, interior, V - interior
     side = tl.arange(0, 2 * VECTOR)
     edge = tl.where(side < VECTOR, row_start + side, first + interior + side - VECTOR)
     in_edge = (edge < row_end) & ((side >= VECTOR) | (edge < first))
+    INTERIOR = LOGITS + first
 
     grad = 0.0
-    maximum = 0.0
-    log2_sum = 0.0
-    to_log2 = inverse_temperature * LOG2_E
+    reference = 0.0
+    log2_total = 0.0
+    token_logit = 0.0
+    scale = inverse_temperature * LOG2_E
     token_id = tl.full([], -1, tl.int64)
     if tl.load(ACTIVE + n):
         token_id = tl.load(TOKEN_IDS + n).to(tl.int64)
+        in_vocabulary = (token_id >= 0) & (token_id < V)
         # A token id outside the vocabulary cannot raise here without a sync: the loss is NaN.
         token_logit = tl.load(
-            LOGITS + row_start + token_id,
-            mask=(token_id >= 0) & (token_id < V),
-            other=float("nan"),
+            LOGITS + row_start + token_id, mask=in_vocabulary, other=float("nan")
         ).to(tl.float32)
         token_logit = _soft_cap(token_logit, softcap)
 
-        # Each thread keeps the maximum and the sum of its own vectors: no exchange in the loop.
-        group_max = tl.full([GROUPS], LOWEST, tl.float32)
-        group_sum = tl.zeros([GROUPS], tl.float32)
-        # Sum of exp * (z - maximum), in units of log 2, for the entropy.
-        group_dot = tl.zeros([GROUPS], tl.float32)
-        for start in range(0, interior, BLOCK):
-            in_bounds = start + lane < interior
-            logits = tl.load(
-                INTERIOR + start + lane,
-                mask=in_bounds,
-                other=float("-inf"),
-                eviction_policy=KEEP,
-            ).to(tl.float32)
-            if softcap is not None:
-                capped = _soft_cap(logits, softcap)
-                logits = tl.where(in_bounds, capped, float("-inf"))
-            new_max = tl.maximum(group_max, tl.max(logits, axis=1))
-            shift = (group_max - new_max) * to_log2
-            shrink = tl.exp2(shift)
-            exponent = (logits - new_max[:, None]) * to_log2
-            exp = tl.exp2(exponent)
-            if ENTROPY is not None:
-                # exp is 0 where the exponent is -inf, as is shrink where shift is: no 0 * -inf.
-                dot = tl.sum(exp * tl.where(exp > 0, exponent, 0.0), axis=1)
-                group_dot = (group_dot + group_sum * tl.where(shrink > 0, shift, 0.0)) * shrink
-                group_dot += dot
-            group_sum = group_sum * shrink + tl.sum(exp, axis=1)
-            group_max = new_max
-        edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
-        if softcap is not None:
-            capped = _soft_cap(edge_logits, softcap)
-            edge_logits = tl.where(in_edge, capped, float("-inf"))
-
-        maximum = tl.maximum(tl.max(group_max, axis=0), tl.max(edge_logits, axis=0))
-        shift = (group_max - maximum) * to_log2
-        shrink = tl.exp2(shift)
-        edge_exponent = (edge_logits - maximum) * to_log2
-        edge_exp = tl.exp2(edge_exponent)
-        total = tl.sum(group_sum * shrink, axis=0) + tl.sum(edge_exp, axis=0)
-        log2_sum = tl.log2(total)
-        # The largest logit adds exactly 1 to the total, so no log-prob is above 0.
-        log_prob = ((token_logit - maximum) * to_log2 - log2_sum) * LN_2
-        if ENTROPY is not None:
-            dot = (group_dot + group_sum * tl.where(shrink > 0, shift, 0.0)) * shrink
-            edge_dot = edge_exp * tl.where(edge_exp > 0, edge_exponent, 0.0)
-            mean = (tl.sum(dot, axis=0) + tl.sum(edge_dot, axis=0)) / total
-            entropy = (log2_sum - mean) * LN_2
-
+        # In a sum of exp(z - reference) the reference need not be the largest z, only so near to it
+        # that nothing overflows, and not above it.
+        guess = _load(INTERIOR + lane, lane < interior, softcap, KEEP)
+        guess = tl.maximum(tl.max(tl.max(guess, axis=1), axis=0), token_logit)
+        reference = tl.maximum(guess * scale, LOWEST)
+        total, dot = _row_sums(
+            INTERIOR, LOGITS + edge, lane, rest, in_edge, parts, scale, reference, softcap,
+            ENTROPY, KEEP,
+        )  # fmt: skip
+        if total == float("inf"):
+            largest = _row_max(INTERIOR, LOGITS + edge, rest, in_edge, parts, softcap, KEEP)
+            reference = tl.maximum(largest * scale, LOWEST)
+            total, dot = _row_sums(
+                INTERIOR, LOGITS + edge, lane, rest, in_edge, parts, scale, reference, softcap,
+                ENTROPY, KEEP,
+            )  # fmt: skip
+        log2_total = tl.log2(total)
+        log_prob = (tl.fma(token_logit, scale, -reference) - log2_total) * LN_2
+        log_prob = tl.where(log_prob > 0, 0.0, log_prob)
         tl.store(LOG_PROBS + n, log_prob)
         if ENTROPY is not None:
-            tl.store(ENTROPY + n, entropy)
+            tl.store(ENTROPY + n, (log2_total - dot / total) * LN_2)
         if surrogate is not None:
             advantage = tl.load(ADVANTAGES + n)
             if OLD_LOG_PROBS is not None:
@@ -197,7 +237,6 @@ def logits_policy_loss_kernel(
                 loss += tl.where(beta > 0, beta * kl, 0.0)
                 grad += tl.where(beta > 0, beta * kl_grad, 0.0)
             # What does not depend on the log-prob does not know that it is NaN.
-            in_vocabulary = (token_id >= 0) & (token_id < V)
             weight = tl.where(in_vocabulary, tl.load(WEIGHTS + n), float("nan"))
             grad *= weight * inverse_temperature
             tl.store(PARTIALS + n, loss * weight)
@@ -213,41 +252,56 @@ def logits_policy_loss_kernel(
         # Where the same logits lie in GRAD.
         grad_shift = (pid * V - row_start) // VECTOR * VECTOR
         GRAD_INTERIOR = GRAD + (first + grad_shift)
+        GRAD_EDGE = GRAD + edge + grad_shift
         # In place the stores must not overtake another thread's loads of the first pass.
         tl.debug_barrier()
         if grad != 0:
-            edge_logits = tl.load(LOGITS + edge, mask=in_edge, other=0.0).to(tl.float32)
-            edge_grad = _logit_grad(
-                edge_logits, edge - row_start, token_id, maximum, log2_sum, grad, to_log2,
-                softcap,
-            )  # fmt: skip
-            tl.debug_barrier()
-            tl.store(GRAD + edge + grad_shift, edge_grad.to(GRAD.dtype.element_ty), mask=in_edge)
+            # d loss / d z is grad * (onehot - softmax): first -grad * softmax everywhere, in one
+            # multiply-add, one exp2 and one product. Rounding the sum of reference and log2_total
+            # would be an error of every probability, so the factor takes it back.
+            shifted = reference + log2_total
+            rounding = (shifted - reference) - log2_total
+            factor = -grad * (1.0 + rounding * LN_2)
+            if parts[2] > 0:
+                logits = _load(LOGITS + edge, in_edge, softcap, "")
+                tl.debug_barrier()
+                _store_grad(GRAD_EDGE, logits, in_edge, scale, shifted, factor, softcap)
             # Backwards: what the first pass read last is still in the caches.
-            token_lane = (token_id - (first - row_start)).to(tl.int32)
-            tiles = tl.cdiv(interior, BLOCK)
-            for tile in range(0, tiles):
-                start = (tiles - 1 - tile) * BLOCK
-                in_bounds = start + lane < interior
-                logits = tl.load(
-                    INTERIOR + start + lane,
-                    mask=in_bounds,
-                    other=0.0,
-                    eviction_policy="evict_first",
-                ).to(tl.float32)
-                logit_grad = _logit_grad(
-                    logits, start + lane, token_lane, maximum, log2_sum, grad, to_log2,
+            rests = tl.cdiv(interior - whole, rest.numel)
+            for i in range(0, rests):
+                at = whole + (rests - 1 - i) * rest.numel + rest
+                logits = _load(INTERIOR + at, at < interior, softcap, "evict_first")
+                _store_grad(
+                    GRAD_INTERIOR + at, logits, at < interior, scale, shifted, factor, softcap
+                )
+            tiles = whole // (2 * BLOCK)
+            for i in range(0, tiles):
+                start = (tiles - 1 - i) * (2 * BLOCK)
+                left = _load(INTERIOR + start + lane, None, softcap, "evict_first")
+                right = _load(INTERIOR + (start + BLOCK) + lane, None, softcap, "evict_first")
+                _store_grad(
+                    GRAD_INTERIOR + start + lane, left, None, scale, shifted, factor, softcap
+                )
+                _store_grad(
+                    GRAD_INTERIOR + (start + BLOCK) + lane, right, None, scale, shifted, factor,
                     softcap,
                 )  # fmt: skip
-                tl.store(
-                    GRAD_INTERIOR + start + lane,
-                    logit_grad.to(GRAD.dtype.element_ty),
-                    mask=in_bounds,
-                )
+            # Then the token's own logit.
+            probability = tl.exp2(tl.fma(token_logit, scale, -reference) - log2_total)
+            token_grad = grad * (1.0 - probability)
+            if softcap is not None:
+                tanh = token_logit * (1.0 / softcap)
+                token_grad *= 1.0 - tanh * tanh
+            tl.debug_barrier()
+            tl.store(
+                GRAD + (row_start + grad_shift + token_id),
+                token_grad.to(GRAD.dtype.element_ty),
+                mask=(token_id >= 0) & (token_id < V),
+            )
         else:
             # A masked or a clipped token costs no second read.
             zeros = tl.zeros([GROUPS, VECTOR], GRAD.dtype.element_ty)
             edge_zeros = tl.zeros([2 * VECTOR], GRAD.dtype.element_ty)
-            tl.store(GRAD + edge + grad_shift, edge_zeros, mask=in_edge)
+            tl.store(GRAD_EDGE, edge_zeros, mask=in_edge)
             for start in range(0, interior, BLOCK):
                 tl.store(GRAD_INTERIOR + start + lane, zeros, mask=start + lane < interior)

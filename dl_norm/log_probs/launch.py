@@ -86,7 +86,7 @@ def policy_loss_fwd(
                 of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
                 tokens, length, *settings,
                 BIAS_CORRECTED_KL=_corrected(batch, terms) and terms.beta > 0,
-                BLOCK=1024, num_warps=config.num_warps,
+                BLOCK=1024, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](
             of_tokens, contiguous(batch.weights, sequences), advantages, policy_weights,
@@ -105,12 +105,11 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel() == 0:
         return out
-    itemsize = min(grad.element_size(), out.element_size())
-    config = tile_config(itemsize, target().warp_size)
+    block = 4096
     with torch.accelerator.device_index(grad.device.index):
-        policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), config.block),)](
-            grad, grad_output, out, grad.numel(), IN_PLACE=in_place, BLOCK=config.block,
-            num_warps=config.num_warps,
+        policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), block),)](
+            grad, grad_output, out, grad.numel(), IN_PLACE=in_place, BLOCK=block,
+            num_warps=256 // target().warp_size,
         )  # fmt: skip
     return out
 

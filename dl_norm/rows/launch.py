@@ -28,7 +28,7 @@ class RowConfig:
 
 
 def row_config(itemsize: int, warp_size: int) -> RowConfig:
-    """Two 16-byte vectors a thread: enough loads under way, no spills in 64 registers.
+    """One 16-byte vector a thread, of which the kernel has two under way.
 
     One program of 1024 threads fills a multiprocessor, so that the rows being worked on (one each)
     stay in the L2 cache between the two passes. At least one vector a thread: in place, no logit
@@ -36,7 +36,7 @@ def row_config(itemsize: int, warp_size: int) -> RowConfig:
     would give the log-probs other bits.
     """
     threads = 1024
-    return RowConfig(2 * threads, 16 // itemsize, threads // warp_size)
+    return RowConfig(threads, 16 // itemsize, threads // warp_size)
 
 
 def logits_pass(
