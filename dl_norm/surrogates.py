@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 KINDS: dict[str, type[Surrogate] | Surrogate] = {}
 
 
-KINDS: dict[str, type[Surrogate]] = {}
 
 
 class Surrogate:
