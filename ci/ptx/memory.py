@@ -1,0 +1,196 @@
+"""The memory of a launch: what may be touched, what has been written, who touched what."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import PtxError
+
+# A tensor argument's pointer is its number in the upper bits and its address in the lower: an
+# address far out of bounds is still known to be derived from that argument.
+TAG = 48
+# What `mark` fills fresh memory with. As float32, bfloat16 and float16 it is a NaN that no
+# arithmetic makes.
+UNWRITTEN = np.uint16(0x7FB5)
+INPUT, FRESH, WRITTEN = 0, 1, 2  # states of a byte
+
+
+def mark(tensor: Tensor) -> Tensor:
+    """Fills the storage of a new tensor with the words that say "nothing was written here"."""
+    if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided:
+        storage = tensor.untyped_storage()
+        _raw(storage.data_ptr(), storage.nbytes() // 2 * 2).view("u2")[:] = UNWRITTEN
+    return tensor
+
+
+def _raw(address: int, size: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), "u1")
+
+
+class Memory:
+    """A storage (or the shared memory of some CTAs), from its first touchable byte on.
+
+    state: INPUT, FRESH or WRITTEN for each byte; None if nothing is fresh.
+    """
+
+    def __init__(self, data: np.ndarray, state: np.ndarray | None, writable: bool):
+        self.data, self.state, self.writable = data, state, writable
+        self.log: list[tuple] = []
+        self.sectors = {kind: np.zeros(data.size // 32, bool) for kind in ("load", "store")}
+
+    def words(self, array: np.ndarray, width: int) -> np.ndarray:
+        return array.view(f"V{width}" if width > 8 else f"u{width}")
+
+    def load(self, at: np.ndarray, width: int) -> np.ndarray | None:
+        """The words at these offsets; None if nothing wrote some of them."""
+        at = at >> width.bit_length() - 1
+        if self.state is not None:
+            states = self.words(self.state, width)[at]
+            if (states.view("u1") == FRESH).any():
+                return None
+        return self.words(self.data, width)[at]
+
+    def store(self, at: np.ndarray, width: int, words: np.ndarray) -> bool:
+        """False: this is an input."""
+        at = at >> width.bit_length() - 1
+        if self.state is not None:
+            states = self.words(self.state, width)
+            if not self.writable and (states[at].view("u1") == INPUT).any():
+                return False
+            states[at] = np.full(width, WRITTEN, "u1").view(states.dtype)
+        elif not self.writable:
+            return False
+        self.words(self.data, width)[at] = words
+        return True
+
+
+@dataclass
+class View:
+    """What one argument lets a kernel touch: bytes ``low`` to ``high`` of a memory and of those,
+    where there are gaps, the ``legal`` ones."""
+
+    name: str
+    memory: Memory
+    origin: int  # what to subtract from a pointer
+    low: int
+    high: int
+    legal: np.ndarray | None
+
+    def allows(self, at: np.ndarray, width: int) -> np.ndarray | bool:
+        if at.min() < self.low or at.max() + width > self.high:
+            return (at >= self.low) & (at + width <= self.high)
+        if self.legal is None:
+            return True
+        words = self.memory.words(self.legal, width)[at >> width.bit_length() - 1]
+        return words.view("u1").reshape(-1, width).all(axis=1)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor of a launch. in_place: may be written though it holds values; extends: stands for
+    all of its storage from here on."""
+
+    name: str
+    tensor: Tensor
+    in_place: bool = False
+    extends: bool = False
+
+    def span(self) -> tuple[int, int]:
+        """First address and end."""
+        tensor, start = self.tensor, self.tensor.data_ptr()
+        if self.extends:
+            storage = tensor.untyped_storage()
+            return start, storage.data_ptr() + storage.nbytes()
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        return start, start + (last + 1) * tensor.element_size()
+
+
+def views_of(arguments: Sequence[Argument | None]) -> dict[int, View]:
+    """By tag, that is position plus 1. Arguments of one storage share their memory."""
+    groups: dict[int, list[tuple[int, Argument]]] = {}
+    for tag, argument in enumerate(arguments, 1):
+        if argument is not None and argument.tensor.numel():
+            storage = argument.tensor.untyped_storage().data_ptr()
+            groups.setdefault(storage, []).append((tag, argument))
+    found = {}
+    for group in groups.values():
+        spans = [argument.span() for _, argument in group]
+        base = min(start for start, _ in spans) // 32 * 32
+        size = -(-(max(end for _, end in spans) - base) // 32) * 32
+        data = _raw(base, size)
+        fresh = np.zeros(size, bool)
+        for (_, argument), (start, end) in zip(group, spans, strict=True):
+            _find_fresh(fresh[start - base : end - base], data[start - base : end - base], argument)
+        memory = Memory(
+            data,
+            fresh.astype("u1") if fresh.any() else None,
+            any(argument.in_place for _, argument in group),
+        )
+        for (tag, argument), (start, end) in zip(group, spans, strict=True):
+            legal = None
+            if not argument.extends and not argument.tensor.is_contiguous():
+                legal = np.zeros(size, bool)
+                legal[start - base : end - base] = _elements(argument.tensor, end - start)
+            found[tag] = View(
+                argument.name, memory, (tag << TAG) + base, start - base, end - base, legal
+            )
+    return found
+
+
+def _elements(tensor: Tensor, size: int) -> np.ndarray:
+    """A flag for each byte from the first element to the last: is it of an element."""
+    flags = torch.zeros(size // tensor.element_size(), dtype=torch.bool)
+    flags.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return flags.numpy().repeat(tensor.element_size())
+
+
+def _find_fresh(fresh: np.ndarray, data: np.ndarray, argument: Argument) -> None:
+    size = argument.tensor.element_size()
+    if size == 1:
+        return  # every byte may be a value
+    marked = (data.view("u2") == UNWRITTEN).reshape(-1, size // 2).all(axis=1)
+    if marked.any():
+        fresh |= marked.repeat(size)
+
+
+def check_races(memory: Memory, threads: int, place: str) -> None:
+    """Raises if two threads touched the same bytes, one of them writing, with nothing in between
+    that orders them: a barrier, in one CTA; nothing does for two CTAs."""
+    if not any(write for *_, write, _ in memory.log):
+        return
+    unit = min(width for _, width, *_ in memory.log)
+    parts = []
+    for number, (at, width, thread, epoch, write, _) in enumerate(memory.log):
+        units = (at[:, None] + np.arange(0, width, unit)).reshape(-1) // unit
+        columns = (units, thread.repeat(width // unit), epoch.repeat(width // unit), write, number)
+        parts.append(np.stack(np.broadcast_arrays(*columns)))
+    units, thread, epoch, write, number = np.concatenate(parts, axis=1)
+    order = np.lexsort((epoch, thread // threads, units))
+    units, thread, epoch, write, number = (
+        column[order] for column in (units, thread, epoch, write, number)
+    )
+    cta = thread // threads
+    new = np.diff(units, prepend=-1) != 0
+    for kind, who, starts in (
+        ("between CTAs", cta, new),
+        ("between threads of a CTA without a barrier", thread,
+         new | (np.diff(cta, prepend=-1) != 0) | (np.diff(epoch, prepend=-1) != 0)),
+    ):  # fmt: skip
+        first = np.flatnonzero(starts)
+        several = np.minimum.reduceat(who, first) != np.maximum.reduceat(who, first)
+        bad = np.flatnonzero(several & (np.maximum.reduceat(write, first) > 0))
+        if bad.size:
+            end = np.append(first, len(units))[bad[0] + 1]
+            found = slice(first[bad[0]], end)
+            guilty = {str(memory.log[n][-1]) for n in number[found].tolist()}
+            some = sorted(set(thread[found].tolist()))[:4]
+            raise PtxError(
+                f"race {kind}: {bad.size} times in {place}, first at byte "
+                f"{int(units[found][0]) * unit}, threads {some}: {' and '.join(sorted(guilty))}"
+            )
