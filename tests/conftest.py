@@ -29,7 +29,7 @@ if TARGET:
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import dl_norm
+import dl_norm  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from .errors import PtxError
-from .memory import FRESH, TAG, Memory, View, check_races
+from .memory import TAG, Access, Memory, View, check_races
 from .parser import Instruction, Program, parse
 from .translate import MemoryAccess, translate
 
@@ -109,6 +109,7 @@ class Chunk:
         self.random = np.random.default_rng(int(ctas[0]))
         self.epochs = np.zeros(len(ctas), np.int64)  # barriers that each CTA has passed
         self.lanes: Lanes = None
+        self.everyone = np.arange(self.size)
         self.hits = np.zeros(len(kernel.functions), np.int64)
         x, y, _ = launch.grid
         self.specials = {
@@ -125,7 +126,7 @@ class Chunk:
     @cached_property
     def shared(self) -> Memory:
         size = len(self.ctas) * self.kernel.shared_bytes
-        return Memory(self.random.integers(0, 256, size, "u1"), np.full(size, FRESH, "u1"), True)
+        return Memory(self.random.integers(0, 256, size, "u1"), np.ones(size, bool), True)
 
     def run(self) -> None:
         blocks = self.kernel.program.blocks
@@ -208,7 +209,7 @@ class Chunk:
 
     def numbers(self, chosen: Lanes = None) -> np.ndarray:
         """Of the running threads, or the chosen ones among them: their place in the chunk."""
-        lanes = np.arange(self.size) if self.lanes is None else self.lanes
+        lanes = self.everyone if self.lanes is None else self.lanes
         return lanes if chosen is None else lanes[chosen]
 
     def by_warp(self, values: np.ndarray) -> np.ndarray:
@@ -278,8 +279,7 @@ class Chunk:
             elements[:, k] = value if chosen is None or value.size == 1 else value[chosen]
         words = elements.view(f"V{access.width}")[:, 0]
         for part, memory, offsets in self.find(access, at, chosen, "store"):
-            kind = memory.words(memory.data, access.width).dtype
-            if not memory.store(offsets, access.width, words[part].view(kind)):
+            if not memory.store(offsets, access.width, words[part]):
                 self.fail(f"store to the input {self.name_of(memory)}", access.instruction)
 
     def store_matrix(self, access: MemoryAccess, at: np.ndarray, values: list) -> None:
@@ -322,14 +322,14 @@ class Chunk:
                 self.fail(f"misaligned {kind} of {access.width} bytes", access.instruction)
             if access.space == "global":
                 memory.sectors[kind][offsets >> 5] = True
-            if memory.state is not None or memory.writable:
-                numbers = self.numbers(chosen)
-                numbers = numbers[part] if at.size > 1 else numbers
-                memory.log.append((
-                    np.broadcast_to(offsets, numbers.shape), access.width,
-                    numbers + self.ctas[0] * self.threads, self.epochs[numbers // self.threads],
-                    kind == "store", access.instruction,
-                ))  # fmt: skip
+            numbers = self.numbers(chosen)
+            memory.log.append(
+                Access(
+                    offsets, access.width, numbers[part] if at.size > 1 else numbers,
+                    int(self.ctas[0]) * self.threads, self.epochs.copy(), kind == "store",
+                    access.instruction,
+                )
+            )  # fmt: skip
             yield part, memory, offsets
 
     def find_views(self, access: MemoryAccess, at: np.ndarray, kind: str):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import PtxError
+from .parser import Instruction
 
 # A tensor argument's pointer is its number in the upper bits and its address in the lower: an
 # address far out of bounds is still known to be derived from that argument.
@@ -18,7 +20,8 @@ TAG = 48
 # What `mark` fills fresh memory with. As float32, bfloat16 and float16 it is a NaN that no
 # arithmetic makes.
 UNWRITTEN = np.uint16(0x7FB5)
-INPUT, FRESH, WRITTEN = 0, 1, 2  # states of a byte
+# Larger tensors are mostly addresses without memory behind them: their bytes are not looked through.
+VIRTUAL = 1 << 30
 
 
 def mark(tensor: Tensor) -> Tensor:
@@ -36,38 +39,56 @@ def _raw(address: int, size: int) -> np.ndarray:
 class Memory:
     """A storage (or the shared memory of some CTAs), from its first touchable byte on.
 
-    state: INPUT, FRESH or WRITTEN for each byte; None if nothing is fresh.
+    fresh: a flag for each byte that nothing wrote; None if there is none. in_place: values may be
+    overwritten. Else only fresh memory and zeros may, as what a host allocates for results is one
+    or the other.
     """
 
-    def __init__(self, data: np.ndarray, state: np.ndarray | None, writable: bool):
-        self.data, self.state, self.writable = data, state, writable
-        self.log: list[tuple] = []
+    def __init__(self, data: np.ndarray, fresh: np.ndarray | None, in_place: bool):
+        self.data, self.fresh, self.in_place = data, fresh, in_place
+        self.values: np.ndarray | None = None  # flags of bytes that hold a value since before
+        self.log: list[Access] = []
         self.sectors = {kind: np.zeros(data.size // 32, bool) for kind in ("load", "store")}
 
-    def words(self, array: np.ndarray, width: int) -> np.ndarray:
+    @staticmethod
+    def words(array: np.ndarray, width: int) -> np.ndarray:
         return array.view(f"V{width}" if width > 8 else f"u{width}")
+
+    def any_flag(self, flags: np.ndarray | None, words: np.ndarray, width: int) -> bool:
+        return flags is not None and bool(self.words(flags, width)[words].view("u1").any())
 
     def load(self, at: np.ndarray, width: int) -> np.ndarray | None:
         """The words at these offsets; None if nothing wrote some of them."""
         at = at >> width.bit_length() - 1
-        if self.state is not None:
-            states = self.words(self.state, width)[at]
-            if (states.view("u1") == FRESH).any():
-                return None
-        return self.words(self.data, width)[at]
+        return None if self.any_flag(self.fresh, at, width) else self.words(self.data, width)[at]
 
     def store(self, at: np.ndarray, width: int, words: np.ndarray) -> bool:
-        """False: this is an input."""
+        """False: there are values that were given."""
         at = at >> width.bit_length() - 1
-        if self.state is not None:
-            states = self.words(self.state, width)
-            if not self.writable and (states[at].view("u1") == INPUT).any():
-                return False
-            states[at] = np.full(width, WRITTEN, "u1").view(states.dtype)
-        elif not self.writable:
+        if self.values is None and not self.in_place:
+            self.values = self.data != 0
+            if self.fresh is not None:
+                self.values &= ~self.fresh
+        if self.any_flag(self.values, at, width):
             return False
-        self.words(self.data, width)[at] = words
+        if self.fresh is not None:
+            flags = self.words(self.fresh, width)
+            flags[at] = np.zeros(1, flags.dtype)
+        data = self.words(self.data, width)
+        data[at] = words.view(data.dtype)
         return True
+
+
+class Access(NamedTuple):
+    """What some threads did at once. epochs: barriers passed, for each CTA of the chunk."""
+
+    offsets: np.ndarray
+    width: int
+    threads: np.ndarray  # their numbers in the chunk
+    first: int  # what to add for those in the grid
+    epochs: np.ndarray
+    store: bool
+    instruction: Instruction
 
 
 @dataclass
@@ -124,17 +145,16 @@ def views_of(arguments: Sequence[Argument | None]) -> dict[int, View]:
         base = min(start for start, _ in spans) // 32 * 32
         size = -(-(max(end for _, end in spans) - base) // 32) * 32
         data = _raw(base, size)
-        fresh = np.zeros(size, bool)
+        fresh = np.zeros(size if size < VIRTUAL else 0, bool)
         for (_, argument), (start, end) in zip(group, spans, strict=True):
-            _find_fresh(fresh[start - base : end - base], data[start - base : end - base], argument)
-        memory = Memory(
-            data,
-            fresh.astype("u1") if fresh.any() else None,
-            any(argument.in_place for _, argument in group),
-        )
+            if size < VIRTUAL:
+                part = slice(start - base, end - base)
+                _find_fresh(fresh[part], data[part], argument)
+        in_place = size >= VIRTUAL or any(argument.in_place for _, argument in group)
+        memory = Memory(data, fresh if fresh.any() else None, in_place)
         for (tag, argument), (start, end) in zip(group, spans, strict=True):
             legal = None
-            if not argument.extends and not argument.tensor.is_contiguous():
+            if not (argument.extends or argument.tensor.is_contiguous() or size >= VIRTUAL):
                 legal = np.zeros(size, bool)
                 legal[start - base : end - base] = _elements(argument.tensor, end - start)
             found[tag] = View(
@@ -162,14 +182,16 @@ def _find_fresh(fresh: np.ndarray, data: np.ndarray, argument: Argument) -> None
 def check_races(memory: Memory, threads: int, place: str) -> None:
     """Raises if two threads touched the same bytes, one of them writing, with nothing in between
     that orders them: a barrier, in one CTA; nothing does for two CTAs."""
-    if not any(write for *_, write, _ in memory.log):
+    if not any(access.store for access in memory.log):
         return
-    unit = min(width for _, width, *_ in memory.log)
+    unit = min(access.width for access in memory.log)
     parts = []
-    for number, (at, width, thread, epoch, write, _) in enumerate(memory.log):
-        units = (at[:, None] + np.arange(0, width, unit)).reshape(-1) // unit
-        columns = (units, thread.repeat(width // unit), epoch.repeat(width // unit), write, number)
-        parts.append(np.stack(np.broadcast_arrays(*columns)))
+    for number, access in enumerate(memory.log):
+        units = (access.offsets[:, None] + np.arange(0, access.width, unit)) // unit
+        thread = access.threads[:, None]
+        epoch = access.epochs[thread // threads]
+        columns = (units, thread + access.first, epoch, int(access.store), number)
+        parts.append(np.stack([c.reshape(-1) for c in np.broadcast_arrays(*columns)]))
     units, thread, epoch, write, number = np.concatenate(parts, axis=1)
     order = np.lexsort((epoch, thread // threads, units))
     units, thread, epoch, write, number = (
@@ -188,7 +210,7 @@ def check_races(memory: Memory, threads: int, place: str) -> None:
         if bad.size:
             end = np.append(first, len(units))[bad[0] + 1]
             found = slice(first[bad[0]], end)
-            guilty = {str(memory.log[n][-1]) for n in number[found].tolist()}
+            guilty = {str(memory.log[n].instruction) for n in number[found].tolist()}
             some = sorted(set(thread[found].tolist()))[:4]
             raise PtxError(
                 f"race {kind}: {bad.size} times in {place}, first at byte "
