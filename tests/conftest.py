@@ -53,13 +53,14 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], 
     """
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))}
+    compiled = ["-m", "ci.ptx", TARGET] if TARGET else []
 
     @functools.cache
     def run(file: str, ranks: int) -> list:
         folder = tmp_path_factory.mktemp("gloo")
         processes = [
             subprocess.Popen(
-                [sys.executable, file, str(ranks), str(rank), str(folder)],
+                [sys.executable, *compiled, file, str(ranks), str(rank), str(folder)],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,

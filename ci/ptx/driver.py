@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class Driver:
         self.launches: list[execute.Launch] = []
         self.utils = self  # load_binary, get_device_properties
         self.in_place = IN_PLACE  # None: inputs may be overwritten
+        self.arguments: list[tuple[str, Any]] = []  # names and values of the last launch
+        self.replace: Callable[[execute.Kernel], execute.Kernel] = lambda kernel: kernel
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -63,6 +65,8 @@ class Driver:
         def launch(x, y, z, stream, kernel, packed, launch_metadata, enter, leave, *values):
             arguments = zip(signature.items(), values, strict=True)
             flat = [a for (name, kind), value in arguments for a in _flatten(name, kind, value)]
+            self.arguments = flat
+            kernel = self.replace(kernel)  # tests break kernels
             self.launches.append(_launch(kernel, (x, y, z), flat, self.in_place))
 
         return launch

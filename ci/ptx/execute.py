@@ -29,6 +29,7 @@ class Kernel:
     """A program that is ready to run."""
 
     def __init__(self, ptx: str, shared_bytes: int):
+        self.ptx = ptx
         self.program: Program = parse(ptx)
         self.functions = translate(self.program)
         self.shared_bytes = -(-shared_bytes // 32) * 32
@@ -134,12 +135,12 @@ class Chunk:
         waiting: dict[int, np.ndarray] = {}
 
         def go(block: int, lanes: Lanes) -> None:
+            if lanes is not None and lanes.size == 0:
+                return
             if lanes is not None and block in pending:
                 other = pending[block]
-                assert other is not None
-                lanes = np.union1d(other, lanes)
-            if lanes is None or lanes.size:
-                pending[block] = None if lanes is None or lanes.size == self.size else lanes
+                lanes = None if other is None else np.union1d(other, lanes)
+            pending[block] = None if lanes is None or lanes.size == self.size else lanes
 
         while pending:
             number = min(pending)
@@ -157,9 +158,9 @@ class Chunk:
                 go(number + 1, no)
         if waiting:
             number, lanes = min(waiting.items())
+            there = int(np.count_nonzero(lanes // self.threads == lanes[0] // self.threads))
             self.fail(
-                f"barrier that only {lanes.size % self.threads or lanes.size} of {self.threads} "
-                "threads of a CTA reach",
+                f"barrier that only {there} of {self.threads} threads of a CTA reach",
                 blocks[number].instructions[-1],
             )
         if "shared" in self.__dict__:

@@ -20,7 +20,7 @@ TAG = 48
 # What `mark` fills fresh memory with. As float32, bfloat16 and float16 it is a NaN that no
 # arithmetic makes.
 UNWRITTEN = np.uint16(0x7FB5)
-# Larger tensors are mostly addresses without memory behind them: their bytes are not looked through.
+# Larger tensors are addresses with hardly any memory behind them: their bytes are not looked at.
 VIRTUAL = 1 << 30
 
 
