@@ -6,5 +6,5 @@ import sys
 from . import driver
 
 target, *sys.argv = sys.argv[1:]
-driver.install(target)
+driver.install(*target.split(","))
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as triton_driver
 
-from . import execute, memory
+from . import execute, instructions, memory
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Names of arguments (of a tuple's field: its own) through which a kernel may overwrite values.
@@ -130,8 +130,12 @@ def _marking(allocate):
     return allocate_marked
 
 
-def install(target: str) -> Driver:
-    """Makes this Triton's driver, and memory that torch allocates known as not yet written."""
+def install(target: str, mode: str = "exact") -> Driver:
+    """Makes this Triton's driver, and memory that torch allocates known as not yet written.
+
+    mode: how approximate instructions err, see `instructions`.
+    """
+    instructions.set_mode(mode)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 interprets the kernels: unset it to compile them")
     active = Driver(target)

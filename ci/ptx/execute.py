@@ -216,7 +216,9 @@ class Chunk:
     def by_warp(self, values: np.ndarray) -> np.ndarray:
         if self.lanes is not None and self.lanes.size != 32 * len(np.unique(self.lanes >> 5)):
             raise PtxError(f"{self.launch.kernel}: warp-wide instruction with part of a warp")
-        return np.broadcast_to(values, self.active).reshape(-1, 32)
+        if values.size == 1:
+            values = np.broadcast_to(values, self.active)
+        return values.reshape(-1, 32)
 
     # Registers
 
@@ -302,7 +304,7 @@ class Chunk:
             at = np.broadcast_to(at, self.active)  # the same address is another in every CTA
         if flags is None or flags.all():
             return None, at
-        chosen = np.flatnonzero(np.broadcast_to(flags, self.active))
+        chosen = np.flatnonzero(flags) if flags.size > 1 else NOBODY
         return chosen, at if at.size == 1 and chosen.size else at[chosen]
 
     def find(self, access: MemoryAccess, at: np.ndarray, chosen: Lanes, kind: str):

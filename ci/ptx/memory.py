@@ -182,23 +182,28 @@ def _find_fresh(fresh: np.ndarray, data: np.ndarray, argument: Argument) -> None
 def check_races(memory: Memory, threads: int, place: str) -> None:
     """Raises if two threads touched the same bytes, one of them writing, with nothing in between
     that orders them: a barrier, in one CTA; nothing does for two CTAs."""
-    if not any(access.store for access in memory.log):
+    log = memory.log
+    if not any(access.store for access in log):
         return
-    unit = min(access.width for access in memory.log)
-    parts = []
-    for number, access in enumerate(memory.log):
-        units = (access.offsets[:, None] + np.arange(0, access.width, unit)) // unit
-        thread = access.threads[:, None]
-        epoch = access.epochs[thread // threads]
-        columns = (units, thread + access.first, epoch, int(access.store), number)
-        parts.append(np.stack([c.reshape(-1) for c in np.broadcast_arrays(*columns)]))
-    units, thread, epoch, write, number = np.concatenate(parts, axis=1)
-    order = np.lexsort((epoch, thread // threads, units))
-    units, thread, epoch, write, number = (
-        column[order] for column in (units, thread, epoch, write, number)
-    )
+    # A row for each thread of each access, then one for each unit of bytes that it touched.
+    number = np.repeat(np.arange(len(log)), [access.threads.size for access in log])
+    place_in_chunk = np.concatenate([access.threads for access in log])
+    offset = np.concatenate([np.broadcast_to(a.offsets, a.threads.shape) for a in log])
+    starts = np.cumsum([0, *(access.epochs.size for access in log[:-1])])
+    epoch = np.concatenate([access.epochs for access in log])[
+        starts[number] + place_in_chunk // threads
+    ]
+    thread = place_in_chunk + np.array([access.first for access in log])[number]
+    unit = min(access.width for access in log)
+    units = np.array([access.width // unit for access in log])[number]
+    row = np.repeat(np.arange(number.size), units)
+    touched = offset[row] // unit + np.arange(row.size) - (np.cumsum(units) - units)[row]
+    order = np.lexsort((epoch[row], thread[row] // threads, touched))
+    row, touched = row[order], touched[order]
+    thread, epoch, number = thread[row], epoch[row], number[row]
     cta = thread // threads
-    new = np.diff(units, prepend=-1) != 0
+    write = np.array([access.store for access in log])[number]
+    new = np.diff(touched, prepend=-1) != 0
     for kind, who, starts in (
         ("between CTAs", cta, new),
         ("between threads of a CTA without a barrier", thread,
@@ -206,13 +211,12 @@ def check_races(memory: Memory, threads: int, place: str) -> None:
     ):  # fmt: skip
         first = np.flatnonzero(starts)
         several = np.minimum.reduceat(who, first) != np.maximum.reduceat(who, first)
-        bad = np.flatnonzero(several & (np.maximum.reduceat(write, first) > 0))
+        bad = np.flatnonzero(several & np.logical_or.reduceat(write, first))
         if bad.size:
-            end = np.append(first, len(units))[bad[0] + 1]
-            found = slice(first[bad[0]], end)
-            guilty = {str(memory.log[n].instruction) for n in number[found].tolist()}
+            found = slice(first[bad[0]], np.append(first, row.size)[bad[0] + 1])
+            guilty = {str(log[n].instruction) for n in number[found].tolist()}
             some = sorted(set(thread[found].tolist()))[:4]
             raise PtxError(
                 f"race {kind}: {bad.size} times in {place}, first at byte "
-                f"{int(units[found][0]) * unit}, threads {some}: {' and '.join(sorted(guilty))}"
+                f"{int(touched[found][0]) * unit}, threads {some}: {' and '.join(sorted(guilty))}"
             )
