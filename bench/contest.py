@@ -19,6 +19,24 @@ class NotHere(Exception):
     """The contestant cannot run this case, or not on this machine."""
 
 
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether compiled Triton kernels run on this tensor: on a GPU, or under the driver of ci/ptx,
+    which counts what they do."""
+    if tensor.is_cuda:
+        return True
+    from triton.runtime import driver
+
+    try:
+        return driver.active.get_active_torch_device().type == tensor.device.type
+    except RuntimeError:  # no driver
+        return False
+
+
+def our_impl(tensor: Tensor) -> str | None:
+    """The argument ``impl`` of dl_norm: its kernels wherever kernels run."""
+    return "triton" if runs_kernels(tensor) else None
+
+
 class AnyCase(Protocol):
     """A shape, and the least that any implementation must move and multiply."""
 

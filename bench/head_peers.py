@@ -25,7 +25,7 @@ import dl_norm
 import dl_norm.reference
 from bench import peers
 from bench.cases import EPS_HIGH, EPS_LOW, Inputs
-from bench.contest import OURS, Contestant, Loss, NotHere, Prepared
+from bench.contest import OURS, Contestant, Loss, NotHere, Prepared, our_impl, runs_kernels
 from bench.heads import HeadInputs
 from bench.lift import EXTRA_PATHS, lift, load_module
 from dl_norm import linear_policy_loss, logits_policy_loss, token_log_probs
@@ -39,20 +39,25 @@ CLIP = {"eps_low": EPS_LOW, "eps_high": EPS_HIGH}
 def _logits_in_place(inputs: HeadInputs) -> Prepared:
     (saved,) = inputs.leaves
     leaf = saved.detach().clone().requires_grad_()
+    options = {**CLIP, "impl": our_impl(leaf)}
     return Prepared(
         # A view, as the logits of a model are no leaf; its gradient is the leaf's.
-        lambda: logits_policy_loss(leaf.view_as(leaf), *inputs.loss_tensors, **CLIP, in_place=True),
+        lambda: logits_policy_loss(
+            leaf.view_as(leaf), *inputs.loss_tensors, **options, in_place=True
+        ),
         (leaf,),
         restore=lambda: leaf.detach().copy_(saved.detach()),
     )
 
 
 def _logits(inputs: HeadInputs) -> Loss:
-    return lambda: logits_policy_loss(*inputs.leaves, *inputs.loss_tensors, **CLIP)
+    options = {**CLIP, "impl": our_impl(inputs.mask)}
+    return lambda: logits_policy_loss(*inputs.leaves, *inputs.loss_tensors, **options)
 
 
 def _linear(inputs: HeadInputs, **options: Any) -> Loss:
-    return lambda: linear_policy_loss(*inputs.leaves, *inputs.loss_tensors, **CLIP, **options)
+    options = {**CLIP, "impl": our_impl(inputs.mask), **options}
+    return lambda: linear_policy_loss(*inputs.leaves, *inputs.loss_tensors, **options)
 
 
 def _linear_known_length(inputs: HeadInputs) -> Loss:
@@ -60,14 +65,15 @@ def _linear_known_length(inputs: HeadInputs) -> Loss:
 
 
 def _linear_cross_entropy(inputs: HeadInputs) -> Loss:
-    ones = torch.ones_like(inputs.weights)
+    ones, impl = torch.ones_like(inputs.weights), our_impl(inputs.mask)
     return lambda: linear_policy_loss(
-        *inputs.leaves, inputs.token_ids, None, ones, inputs.mask, inputs.weights
+        *inputs.leaves, inputs.token_ids, None, ones, inputs.mask, inputs.weights, impl=impl
     )
 
 
 def _token_log_probs(inputs: HeadInputs) -> Loss:
-    return lambda: token_log_probs(*inputs.leaves, inputs.token_ids, mask=inputs.mask)
+    options = {"mask": inputs.mask, "impl": our_impl(inputs.mask)}
+    return lambda: token_log_probs(*inputs.leaves, inputs.token_ids, **options)
 
 
 # plain PyTorch
@@ -119,9 +125,10 @@ def _dense_only(inputs: HeadInputs) -> None:
 
 
 @functools.cache
-def _trl_chunked() -> Any:
+def _trl_chunked(kernels: bool) -> Any:
     utilities = {"maybe_gather_lm_head_ctx": lambda *_: contextlib.nullcontext()}
-    module = load_module("trl.kernels.chunked_logprob", {"trl.trainer.utils": utilities})
+    module: Any = load_module("trl.kernels.chunked_logprob", {"trl.trainer.utils": utilities})
+    module._use_triton = lambda device: kernels
     return module.ChunkedLogProbFunction
 
 
@@ -145,19 +152,19 @@ def _trl_loss(inputs: HeadInputs, log_probs: Callable[[], Tensor]) -> Loss:
 
 
 def _trl_logits(inputs: HeadInputs) -> Loss:
-    function = _trl_log_probs(inputs.mask.is_cuda)
+    function = _trl_log_probs(runs_kernels(inputs.mask))
     mask = inputs.mask.long()
     return _trl_loss(inputs, lambda: function(*inputs.leaves, inputs.token_ids, row_mask=mask))
 
 
 def _trl_only_log_probs(inputs: HeadInputs) -> Loss:
-    function = _trl_log_probs(inputs.mask.is_cuda)
+    function = _trl_log_probs(runs_kernels(inputs.mask))
     mask = inputs.mask.long()
     return lambda: function(*inputs.leaves, inputs.token_ids, row_mask=mask)
 
 
 def _trl_linear(inputs: HeadInputs) -> Loss:
-    function = _trl_chunked()
+    function = _trl_chunked(runs_kernels(inputs.mask))
     hidden, head = inputs.leaves
     mask, token_ids = inputs.mask, inputs.token_ids
     compact = mask.is_cuda  # as `add_fused_lm_head` of TRL does, with its host sync
@@ -222,7 +229,7 @@ def _installed(module: str, package: str) -> Any:
 
 def _liger_logits(inputs: HeadInputs) -> Prepared:
     ops = _installed("liger_kernel.transformers.grpo_loss", "liger-kernel")
-    if not (inputs.mask.is_cuda or "TRITON_INTERPRET" in os.environ):
+    if not (runs_kernels(inputs.mask) or os.environ.get("TRITON_INTERPRET") == "1"):
         raise NotHere("Liger's Triton kernels run on a GPU only")
     (leaf,) = inputs.leaves
     batch, length, vocabulary = leaf.shape
@@ -251,7 +258,7 @@ def _liger_logits(inputs: HeadInputs) -> Prepared:
 
 def _liger_log_probs(inputs: HeadInputs) -> Loss:
     ops = _installed("liger_kernel.ops.grpo_loss", "liger-kernel")
-    if not inputs.mask.is_cuda:
+    if not runs_kernels(inputs.mask):
         raise NotHere("Liger's Triton kernels run on a GPU only")
     (leaf,) = inputs.leaves
     logits = F.pad(leaf.detach(), (0, 0, 0, 1))

@@ -20,7 +20,7 @@ from torch import Tensor
 import dl_norm
 import dl_norm.reference
 from bench.cases import EPS_HIGH, EPS_LOW, Inputs
-from bench.contest import OURS, Contestant, Loss, NotHere
+from bench.contest import OURS, Contestant, Loss, NotHere, our_impl
 from bench.lift import NotInstalled, lift, version
 
 # What verl's loss assigns for its metrics alone.
@@ -45,7 +45,7 @@ def _policy_loss(function: Callable[..., Any], inputs: Inputs, **options: Any) -
 
 
 def _ours(inputs: Inputs) -> Loss:
-    return _policy_loss(dl_norm.policy_loss, inputs)
+    return _policy_loss(dl_norm.policy_loss, inputs, impl=our_impl(inputs.log_probs))
 
 
 def _ours_torch(inputs: Inputs) -> Loss:
@@ -53,7 +53,8 @@ def _ours_torch(inputs: Inputs) -> Loss:
 
 
 def _ours_metrics(inputs: Inputs) -> Loss:
-    loss: Any = _policy_loss(dl_norm.policy_loss, inputs, return_metrics=True)
+    impl = our_impl(inputs.log_probs)
+    loss: Any = _policy_loss(dl_norm.policy_loss, inputs, impl=impl, return_metrics=True)
     return lambda: loss()[0]
 
 

@@ -1,7 +1,10 @@
 """Shared fixtures: batches with a known shape, the implementations behind one call, the truth.
 
 Without a CUDA device the Triton kernels run in Triton's interpreter, which has to be chosen before
-dl_norm is imported. On a CUDA machine the same tests run compiled, on "cuda".
+dl_norm is imported; with DL_NORM_TEST_TARGET=sm_80, sm_90 or sm_100 they are compiled for that GPU
+and their PTX is executed on the CPU (see ci/ptx), with sm_90,plus every approximate instruction
+off by its documented maximum (minus, random likewise). On a CUDA machine the same tests run
+compiled, on "cuda".
 """
 
 from __future__ import annotations
@@ -19,16 +22,39 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
+TARGET = os.environ.get("DL_NORM_TEST_TARGET")
+if TARGET:
+    from ci.ptx import driver
+
+    driver.install(*TARGET.split(","))
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import dl_norm
+import dl_norm  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+# What compiled kernels do otherwise than the tests say, on a GPU too. An entry that passes fails.
+FUSED = "LLVM fuses a product into the sum behind it: "
+COMPILED_FAILURES = {
+    "test_on_policy_under_autocast_the_ratio_is_one": FUSED + "old - log_prob is not exactly 0",
+    "test_on_policy_ratio_is_one_to_the_last_bit": FUSED + "old - log_prob is not exactly 0",
+    "test_on_policy_ratio_over_logits": FUSED + "old - log_prob is not exactly 0",
+    "test_invariance.py::test_micro_batches": FUSED + "other bits in the strided kernel",
+    "test_invariance.py::test_strides": FUSED + "other bits in the strided kernel",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items if TARGET else ():
+        for name, reason in COMPILED_FAILURES.items():
+            if name in item.nodeid and "triton" in item.nodeid:
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +72,14 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], 
     """
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))}
+    compiled = ["-m", "ci.ptx", TARGET] if TARGET else []
 
     @functools.cache
     def run(file: str, ranks: int) -> list:
         folder = tmp_path_factory.mktemp("gloo")
         processes = [
             subprocess.Popen(
-                [sys.executable, file, str(ranks), str(rank), str(folder)],
+                [sys.executable, *compiled, file, str(ranks), str(rank), str(folder)],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -279,6 +306,8 @@ def truth(run_loss: Callable[..., SimpleNamespace]) -> Callable[..., SimpleNames
 @pytest.fixture
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that an implementation forgets to write holds NaN (or the largest integer)."""
+    if TARGET:
+        return  # marked already, and reading it raises
 
     def poisoned(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapper(*args, **kwargs) -> Tensor:

@@ -1,0 +1,222 @@
+"""The memory of a launch: what may be touched, what has been written, who touched what."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import PtxError
+from .parser import Instruction
+
+# A tensor argument's pointer is its number in the upper bits and its address in the lower: an
+# address far out of bounds is still known to be derived from that argument.
+TAG = 48
+# What `mark` fills fresh memory with. As float32, bfloat16 and float16 it is a NaN that no
+# arithmetic makes.
+UNWRITTEN = np.uint16(0x7FB5)
+# Larger tensors are addresses with hardly any memory behind them: their bytes are not looked at.
+VIRTUAL = 1 << 30
+
+
+def mark(tensor: Tensor) -> Tensor:
+    """Fills the storage of a new tensor with the words that say "nothing was written here"."""
+    if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.layout == torch.strided:
+        storage = tensor.untyped_storage()
+        _raw(storage.data_ptr(), storage.nbytes() // 2 * 2).view("u2")[:] = UNWRITTEN
+    return tensor
+
+
+def _raw(address: int, size: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), "u1")
+
+
+class Memory:
+    """A storage (or the shared memory of some CTAs), from its first touchable byte on.
+
+    fresh: a flag for each byte that nothing wrote; None if there is none. in_place: values may be
+    overwritten. Else only fresh memory and zeros may, as what a host allocates for results is one
+    or the other.
+    """
+
+    def __init__(self, data: np.ndarray, fresh: np.ndarray | None, in_place: bool):
+        self.data, self.fresh, self.in_place = data, fresh, in_place
+        self.values: np.ndarray | None = None  # flags of bytes that hold a value since before
+        self.log: list[Access] = []
+        self.sectors = {kind: np.zeros(data.size // 32, bool) for kind in ("load", "store")}
+
+    @staticmethod
+    def words(array: np.ndarray, width: int) -> np.ndarray:
+        return array.view(f"V{width}" if width > 8 else f"u{width}")
+
+    def any_flag(self, flags: np.ndarray | None, words: np.ndarray, width: int) -> bool:
+        return flags is not None and bool(self.words(flags, width)[words].view("u1").any())
+
+    def load(self, at: np.ndarray, width: int) -> np.ndarray | None:
+        """The words at these offsets; None if nothing wrote some of them."""
+        at = at >> width.bit_length() - 1
+        return None if self.any_flag(self.fresh, at, width) else self.words(self.data, width)[at]
+
+    def store(self, at: np.ndarray, width: int, words: np.ndarray) -> bool:
+        """False: there are values that were given."""
+        at = at >> width.bit_length() - 1
+        if self.values is None and not self.in_place:
+            self.values = self.data != 0
+            if self.fresh is not None:
+                self.values &= ~self.fresh
+        if self.any_flag(self.values, at, width):
+            return False
+        if self.fresh is not None:
+            flags = self.words(self.fresh, width)
+            flags[at] = np.zeros(1, flags.dtype)
+        data = self.words(self.data, width)
+        data[at] = words.view(data.dtype)
+        return True
+
+
+class Access(NamedTuple):
+    """What some threads did at once. epochs: barriers passed, for each CTA of the chunk."""
+
+    offsets: np.ndarray
+    width: int
+    threads: np.ndarray  # their numbers in the chunk
+    first: int  # what to add for those in the grid
+    epochs: np.ndarray
+    store: bool
+    instruction: Instruction
+
+
+@dataclass
+class View:
+    """What one argument lets a kernel touch: bytes ``low`` to ``high`` of a memory and of those,
+    where there are gaps, the ``legal`` ones."""
+
+    name: str
+    memory: Memory
+    origin: int  # what to subtract from a pointer
+    low: int
+    high: int
+    legal: np.ndarray | None
+
+    def allows(self, at: np.ndarray, width: int) -> np.ndarray | bool:
+        if at.min() < self.low or at.max() + width > self.high:
+            return (at >= self.low) & (at + width <= self.high)
+        if self.legal is None:
+            return True
+        words = self.memory.words(self.legal, width)[at >> width.bit_length() - 1]
+        return words.view("u1").reshape(-1, width).all(axis=1)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor of a launch. in_place: may be written though it holds values; extends: stands for
+    all of its storage from here on."""
+
+    name: str
+    tensor: Tensor
+    in_place: bool = False
+    extends: bool = False
+
+    def span(self) -> tuple[int, int]:
+        """First address and end."""
+        tensor, start = self.tensor, self.tensor.data_ptr()
+        if self.extends:
+            storage = tensor.untyped_storage()
+            return start, storage.data_ptr() + storage.nbytes()
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        return start, start + (last + 1) * tensor.element_size()
+
+
+def views_of(arguments: Sequence[Argument | None]) -> dict[int, View]:
+    """By tag, that is position plus 1. Arguments of one storage share their memory."""
+    groups: dict[int, list[tuple[int, Argument]]] = {}
+    for tag, argument in enumerate(arguments, 1):
+        if argument is not None and argument.tensor.numel():
+            storage = argument.tensor.untyped_storage().data_ptr()
+            groups.setdefault(storage, []).append((tag, argument))
+    found = {}
+    for group in groups.values():
+        spans = [argument.span() for _, argument in group]
+        base = min(start for start, _ in spans) // 32 * 32
+        size = -(-(max(end for _, end in spans) - base) // 32) * 32
+        data = _raw(base, size)
+        fresh = np.zeros(size if size < VIRTUAL else 0, bool)
+        for (_, argument), (start, end) in zip(group, spans, strict=True):
+            if size < VIRTUAL:
+                part = slice(start - base, end - base)
+                _find_fresh(fresh[part], data[part], argument)
+        in_place = size >= VIRTUAL or any(argument.in_place for _, argument in group)
+        memory = Memory(data, fresh if fresh.any() else None, in_place)
+        for (tag, argument), (start, end) in zip(group, spans, strict=True):
+            legal = None
+            if not (argument.extends or argument.tensor.is_contiguous() or size >= VIRTUAL):
+                legal = np.zeros(size, bool)
+                legal[start - base : end - base] = _elements(argument.tensor, end - start)
+            found[tag] = View(
+                argument.name, memory, (tag << TAG) + base, start - base, end - base, legal
+            )
+    return found
+
+
+def _elements(tensor: Tensor, size: int) -> np.ndarray:
+    """A flag for each byte from the first element to the last: is it of an element."""
+    flags = torch.zeros(size // tensor.element_size(), dtype=torch.bool)
+    flags.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return flags.numpy().repeat(tensor.element_size())
+
+
+def _find_fresh(fresh: np.ndarray, data: np.ndarray, argument: Argument) -> None:
+    size = argument.tensor.element_size()
+    if size == 1:
+        return  # every byte may be a value
+    marked = (data.view("u2") == UNWRITTEN).reshape(-1, size // 2).all(axis=1)
+    if marked.any():
+        fresh |= marked.repeat(size)
+
+
+def check_races(memory: Memory, threads: int, place: str) -> None:
+    """Raises if two threads touched the same bytes, one of them writing, with nothing in between
+    that orders them: a barrier, in one CTA; nothing does for two CTAs."""
+    log = memory.log
+    if not any(access.store for access in log):
+        return
+    # A row for each thread of each access, then one for each unit of bytes that it touched.
+    number = np.repeat(np.arange(len(log)), [access.threads.size for access in log])
+    place_in_chunk = np.concatenate([access.threads for access in log])
+    offset = np.concatenate([np.broadcast_to(a.offsets, a.threads.shape) for a in log])
+    starts = np.cumsum([0, *(access.epochs.size for access in log[:-1])])
+    epoch = np.concatenate([access.epochs for access in log])[
+        starts[number] + place_in_chunk // threads
+    ]
+    thread = place_in_chunk + np.array([access.first for access in log])[number]
+    unit = min(access.width for access in log)
+    units = np.array([access.width // unit for access in log])[number]
+    row = np.repeat(np.arange(number.size), units)
+    touched = offset[row] // unit + np.arange(row.size) - (np.cumsum(units) - units)[row]
+    order = np.lexsort((epoch[row], thread[row] // threads, touched))
+    row, touched = row[order], touched[order]
+    thread, epoch, number = thread[row], epoch[row], number[row]
+    cta = thread // threads
+    write = np.array([access.store for access in log])[number]
+    new = np.diff(touched, prepend=-1) != 0
+    for kind, who, starts in (
+        ("between CTAs", cta, new),
+        ("between threads of a CTA without a barrier", thread,
+         new | (np.diff(cta, prepend=-1) != 0) | (np.diff(epoch, prepend=-1) != 0)),
+    ):  # fmt: skip
+        first = np.flatnonzero(starts)
+        several = np.minimum.reduceat(who, first) != np.maximum.reduceat(who, first)
+        bad = np.flatnonzero(several & np.logical_or.reduceat(write, first))
+        if bad.size:
+            found = slice(first[bad[0]], np.append(first, row.size)[bad[0] + 1])
+            guilty = {str(log[n].instruction) for n in number[found].tolist()}
+            some = sorted(set(thread[found].tolist()))[:4]
+            raise PtxError(
+                f"race {kind}: {bad.size} times in {place}, first at byte "
+                f"{int(touched[found][0]) * unit}, threads {some}: {' and '.join(sorted(guilty))}"
+            )
