@@ -1,4 +1,4 @@
-r"""What the adapters share: weights that ride on the advantages, and the loss for them.
+r"""What the adapters share: weights on the advantages, the loss for them, and what they refuse.
 
 In most trainers the loss sees one micro-batch and nothing more, while the weights x_i of
 :func:`dl_norm.sequence_weights` need the whole rollout. A factor f_i > 0 may move from the loss
@@ -10,10 +10,15 @@ the advantages:
 
 with D what the trainer divides by in the end and c what the loss itself divides by, so that the
 step's gradient is sum_i x_i grad sum_t l_it. KL and entropy terms are not reweighted.
+
+**A user's own options** (``surrogate``, ``delta``, ``ratio_level``, ...) go through one function,
+:func:`adapter_loss`, and are checked by :func:`dl_norm.policy_loss` itself. An adapter only says
+what its trainer's clip settings are; an option that the loss learns needs no change here.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -41,36 +46,62 @@ def row_factors(lengths: Tensor, *, alpha: float = 1.0, group: Group = "local") 
     return dl_norm.sequence_weights(lengths, alpha=alpha, max_length=1, group=group) * rows
 
 
-def carried_loss(
+def token_mean_factors(lengths: list[int], *, alpha: float = 1.0, max_length: int) -> list[float]:
+    """f_i = x_i N for a trainer that divides the sum of all token losses by N = sum_j L_j.
+
+    Args:
+        lengths: tokens that count in each sequence of the **whole** step, on all ranks.
+        alpha, max_length: as for :func:`dl_norm.sequence_weights`.
+    """
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    weights = dl_norm.sequence_weights(counts, alpha=alpha, max_length=max_length, group="local")
+    return (weights.double() * counts.sum()).tolist()
+
+
+def adapter_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     *,
-    scale: float | Tensor = 1.0,
+    weights: float | Tensor = 1.0,
     cu_seqlens: Tensor | None = None,
+    clip: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Tensor, PolicyLossMetrics]:
-    """``scale`` times the plain sum of the token losses, for advantages that carry the weights.
+    """:func:`dl_norm.policy_loss` and its metrics, as an adapter calls it.
 
-    ``scale`` may be a 0-dim tensor on the device: it is not read on the host. ``options`` are those
-    of :func:`dl_norm.policy_loss`.
+    Args:
+        weights: of the sequences: (G,), or one number for all of them, such as 1 where the
+            advantages carry the weights. A 0-dim tensor is not read on the host.
+        mask: None counts every token of a padded batch.
+        clip: the trainer's clip settings. Left out if ``options`` name a surrogate other than
+            "clip": it brings its own.
+        **options: the user's, over ``clip``; and what else :func:`dl_norm.policy_loss` takes.
     """
     if mask is None and cu_seqlens is None:
         mask = torch.ones_like(log_probs, dtype=torch.bool)
     sequences = log_probs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    weights = torch.ones(sequences, device=log_probs.device) * scale
-    loss, metrics = dl_norm.policy_loss(
+    if clip and options.get("surrogate", "clip") == "clip":
+        options = {**clip, **options}
+    outputs: Any = dl_norm.policy_loss(
         log_probs,
         old_log_probs,
         advantages,
         mask,
-        weights,
+        torch.ones(sequences, device=log_probs.device) * weights,
         cu_seqlens=cu_seqlens,
         return_metrics=True,
         **options,
     )
-    return loss, metrics
+    return outputs
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """``options``, if the loss of one token takes them: bad ones raise at construction."""
+    token, settings = torch.ones(1, 1), {**options, "impl": "torch"}
+    dl_norm.policy_loss(token, token, token, token.bool(), token[0], **settings)
+    return options
 
 
 def offsets(lengths: list[int] | Tensor, device: torch.device) -> Tensor:
@@ -82,6 +113,23 @@ def offsets(lengths: list[int] | Tensor, device: torch.device) -> Tensor:
 def clip_fraction(metrics: PolicyLossMetrics) -> Tensor:
     """0-dim share of the tokens whose ratio is cut off by eps_low or eps_high."""
     return (metrics.clipped_low + metrics.clipped_high) / metrics.tokens.clamp(min=1)
+
+
+def on_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """0-dim tensors as floats, by one host sync: for trainers whose metrics are Python floats."""
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def needed(module: str, trainer: str) -> Any:
+    """The trainer's ``module``, or an ImportError that says what is needed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this adapter needs {trainer}: {module} cannot be imported ({error}). Versions: "
+            "dl_norm/integrations/README.md"
+        ) from error
 
 
 def required(value: Any, name: str, remedy: str) -> Any:
