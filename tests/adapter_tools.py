@@ -188,7 +188,7 @@ def source(path: str) -> Path:
 
 
 def lift(path: str, *names: str, keep: tuple[str, ...] = (), **namespace: Any) -> SimpleNamespace:
-    """Definitions of a source file ("function", "Class", "Class.method"), compiled alone.
+    """Definitions of a source file ("function", "Class", "Class.method", "CONSTANT"), alone.
 
     They see ``namespace``, torch and one another. Decorators are dropped but for those of ``keep``,
     annotations are not evaluated.
@@ -202,12 +202,14 @@ def lift(path: str, *names: str, keep: tuple[str, ...] = (), **namespace: Any) -
                     found[f"{node.name}.{inner.name}"] = inner
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.setdefault(node.name, node)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, node)
     space = {"torch": torch, "Tensor": Tensor, **namespace}
     for name in names:
         if name not in found:
             pytest.fail(f"{path} has moved: it has no {name} any more")
         node = found[name]
-        if node.name not in keep:
+        if name not in keep:
             node.decorator_list = []
         code = compile(
             ast.Module([node], []), str(file), "exec", flags=__future__.annotations.compiler_flag
@@ -270,6 +272,10 @@ SIGNATURES = {
     "ms-swift": "self, samples, rewards_per_func, batch_encoded_inputs",
     "megatron": "rollouts, tokenizer, seq_len, request_ledger",
 }
+
+
+def check_hook(function: Any, name: str) -> None:
+    check_signature(function, SIGNATURES[name])
 
 
 class Dist:
