@@ -6,6 +6,8 @@ from __future__ import annotations
 import __future__
 
 import ast
+import copy
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -13,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -174,7 +176,9 @@ WHEELS = ("skyrl", "areal", "openrlhf", "torchtitan", "unsloth", "unsloth_zoo", 
 
 
 def source(path: str) -> Path:
-    """A file of a wheel, or of a clone ("slime/..." is in the clone `slime`)."""
+    """A file of a wheel, of a clone ("slime/..." is in the clone `slime`), or anywhere else."""
+    if Path(path).is_absolute():
+        return Path(path)
     wheel = ROOT / ".venv-trainers" / path
     if path.split("/")[0] in WHEELS:
         if not wheel.exists():
@@ -194,6 +198,23 @@ def lift(path: str, *names: str, keep: tuple[str, ...] = (), **namespace: Any) -
     annotations are not evaluated.
     """
     file = source(path)
+    found = _definitions(file)
+    space = {"torch": torch, "Tensor": Tensor, **namespace}
+    for name in names:
+        if name not in found:
+            pytest.fail(f"{path} has moved: it has no {name} any more")
+        node = copy.deepcopy(found[name])
+        if name not in keep:
+            node.decorator_list = []
+        code = compile(
+            ast.Module([node], []), str(file), "exec", flags=__future__.annotations.compiler_flag
+        )
+        exec(code, space)
+    return SimpleNamespace(**{name.split(".")[-1]: space[name.split(".")[-1]] for name in names})
+
+
+@functools.cache
+def _definitions(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ClassDef):
@@ -204,18 +225,7 @@ def lift(path: str, *names: str, keep: tuple[str, ...] = (), **namespace: Any) -
             found.setdefault(node.name, node)
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found.setdefault(node.targets[0].id, node)
-    space = {"torch": torch, "Tensor": Tensor, **namespace}
-    for name in names:
-        if name not in found:
-            pytest.fail(f"{path} has moved: it has no {name} any more")
-        node = found[name]
-        if name not in keep:
-            node.decorator_list = []
-        code = compile(
-            ast.Module([node], []), str(file), "exec", flags=__future__.annotations.compiler_flag
-        )
-        exec(code, space)
-    return SimpleNamespace(**{name.split(".")[-1]: space[name.split(".")[-1]] for name in names})
+    return found
 
 
 def calls(path: str, name: str) -> list[ast.Call]:
@@ -264,8 +274,7 @@ SIGNATURES = {
     "areal weight": "self, input_data",
     "roll": "self, data, output_tensor",
     "torchtitan": (
-        "self, logits, labels, global_valid_tokens=None, *, generator_logprobs, advantages, "
-        "loss_mask"
+        "self, logits, labels, global_valid_tokens=None, generator_logprobs, advantages, loss_mask"
     ),
     "torchtitan batcher": "self",
     "unsloth": "self, inputs",
@@ -331,10 +340,7 @@ def fresh_import(patch: pytest.MonkeyPatch, name: str) -> Any:
     return importlib.import_module(name)
 
 
-@pytest.fixture
-def restored_modules() -> Iterator[None]:
-    """What is imported in a test is forgotten after it."""
-    before = dict(sys.modules)
-    yield
-    for name in set(sys.modules) - set(before):
+def forget(package: str) -> None:
+    """Drop what was imported of a trainer, stand-ins and real modules alike."""
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
         del sys.modules[name]

@@ -222,7 +222,12 @@ def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.Mo
     )  # fmt: skip
     common = {"get_parallel_state": lambda: state, "Callable": None}
     cp_utils = lift(
-        f"{folder}/cp_utils.py", "get_sum_of_sample_mean", "get_local_response_loss_masks", **common
+        f"{folder}/cp_utils.py",
+        "get_sum_of_sample_mean",
+        "get_local_response_loss_masks",
+        "_slice_loss_mask_for_local_cp",
+        "slice_loss_masks_for_local_cp",
+        **common,
     )
     math_utils = lift(
         f"{folder}/loss_hub/math_utils.py",

@@ -39,13 +39,14 @@ class DeltaLWeights:
 
     def _generate_and_score_completions(self, inputs):
         _check_loss(type(self))
+        training = self.model.training  # generation may switch it for a while
         output = super()._generate_and_score_completions(inputs)  # pyright: ignore[reportAttributeAccessIssue]
         if KEY in output:
             raise ValueError(
                 f"unsloth sets {KEY} itself: unset UNSLOTH_GRPO_ZERO_VARIANCE_EXCLUDE and "
                 "UNSLOTH_GRPO_LOSS_AGGREGATION"
             )
-        if not self.model.training:
+        if not training:
             return output
         mask = output["completion_mask"] != 0
         if output.get("tool_mask") is not None:
