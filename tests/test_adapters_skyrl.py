@@ -124,13 +124,16 @@ def test_real(rollout: Rollout) -> None:
 SKYRL_PYTHON = Path(os.environ.get("SKYRL_PYTHON", ROOT / ".venv-skyrl" / "bin" / "python"))
 # Runs where SkyRL is installed. Rounded alike: two float32 sums of the same terms.
 IN_SKYRL = """
+import cloudpickle
 import torch
 from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 from skyrl.train.config import AlgorithmConfig
 from dl_norm.integrations import skyrl as delta_l
 
-delta_l.register()
+delta_l.register(log_ratio_clamp=None)  # an option of one's own; no ratio here is clamped
 assert {"delta_l", "delta_l_dual_clip"} <= set(PolicyLossRegistry.list_available())
+# Ray's workers get it pickled.
+assert cloudpickle.loads(cloudpickle.dumps(PolicyLossRegistry.get("delta_l"))).keywords
 random = torch.Generator().manual_seed(1)
 old = -3 * torch.rand(4, 9, generator=random)
 new = (old + 0.6 * torch.randn(4, 9, generator=random)).requires_grad_()

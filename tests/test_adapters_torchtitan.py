@@ -102,8 +102,11 @@ def steps(titan: SimpleNamespace, rollout: Rollout, ranks: int, **options: Any) 
         )
         for row, part in enumerate(parts)
     ]
-    kind = titan.adapter.DeltaLBatcher if options else titan.batcher.Batcher
-    config = kind.Config(batch=titan.batcher.BatchConfig(local_batch_size=1, seq_len=12), **options)
+    config = titan.batcher.Batcher.Config(
+        batch=titan.batcher.BatchConfig(local_batch_size=1, seq_len=12)
+    )
+    if options:
+        config = titan.adapter.weighted(config, **options)
     batcher = config.build(num_prompts_per_train_step=2, dp_degree=ranks, pad_id=0)
     for group in range(2):
         batch = batcher.add_training_samples(

@@ -17,7 +17,7 @@ and context parallelism too. Samples longer than a packed row are dropped before
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -57,6 +57,12 @@ class DeltaLBatcher(Batcher):
         for sample, factor in zip(samples, factors, strict=True):
             sample.advantage = [factor * advantage for advantage in sample.advantage]
         return samples, *rest
+
+
+def weighted(batcher: Any, *, alpha: float = 1.0, max_length: int) -> DeltaLBatcher.Config:
+    """The configuration of a batcher of torchtitan's as that of a :class:`DeltaLBatcher`."""
+    settings = {one.name: getattr(batcher, one.name) for one in fields(batcher)}
+    return DeltaLBatcher.Config(**settings, alpha=alpha, max_length=max_length)
 
 
 class DeltaLLoss(BaseLoss):
