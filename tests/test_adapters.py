@@ -7,6 +7,7 @@ come, a user's own options, signatures, the table of versions.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -240,6 +241,16 @@ MOVED = (
 )
 
 
+def test_trl_and_verl_are_the_checked_ones() -> None:
+    for name, folders in (
+        ("trl", sys.path),
+        ("verl", [str(path) for path in ROOT.glob(".venv-verl/lib/python3*/site-packages")]),
+    ):
+        for found in importlib.metadata.distributions(name=name, path=folders):
+            check_version({"trl": "TRL"}.get(name, name), found.version)
+            break
+
+
 def check_version(name: str, found: str) -> None:
     line = trainers()[name]
     assert found.startswith(line.version), MOVED.format(
@@ -274,6 +285,7 @@ def test_table_of_trainers() -> None:
             r"[0-9a-f]{8,40}", table[name].version
         )
     assert set(table) == {*DISTRIBUTIONS, *CLONES, "TRL", "verl", "torchforge"}
+    assert f"unsloth=={table['unsloth'].version}" in script  # beside unsloth_zoo
     assert f"verl=={table['verl'].version}" in (ROOT / "ci" / "verl_env.sh").read_text()
 
 

@@ -102,8 +102,15 @@ def test_miles_estimators_and_adapters(rollout: Rollout) -> None:
         miles.rewards(slime_args(), samples)
 
 
-def test_miles_counts_siblings_once(rollout: Rollout) -> None:
-    """Miles divides a step by its rollouts, however many samples one has."""
+def test_siblings_count_once(rollout: Rollout) -> None:
+    """slime and Miles divide a step by its rollouts, however many samples one has."""
+    results = []
+    for sums in (rollout.lengths, torch.tensor([3, 6, 0, 5, 9, 9])):
+        batch = slime_batch(rollout) | {"rollout_mask_sums": sums}
+        slime.advantages(slime_args(), batch)
+        results.append(torch.cat(batch["advantages"]))
+    torch.testing.assert_close(results[1], 5 / 6 * results[0])
+
     samples = miles_samples(rollout)
     _, apart = miles.rewards(slime_args(), samples)
     samples[4].rollout_id = samples[5].rollout_id = 77

@@ -29,7 +29,9 @@ from dl_norm.group_sums import Group, sum_over
 from dl_norm.metrics import PolicyLossMetrics
 
 
-def row_factors(lengths: Tensor, *, alpha: float = 1.0, group: Group = "local") -> Tensor:
+def row_factors(
+    lengths: Tensor, *, alpha: float = 1.0, group: Group = "local", rows: Tensor | None = None
+) -> Tensor:
     r"""(B,) float32 factors f_i = B L_i^-alpha / sum_j L_j^-alpha, 0 where L_i = 0.
 
     For a trainer that divides the sum of all token losses by its number of rows and by a constant
@@ -41,9 +43,13 @@ def row_factors(lengths: Tensor, *, alpha: float = 1.0, group: Group = "local") 
         lengths: (B,) integers, tokens that count in each row of the **whole** rollout, or in this
             rank's part of it with ``group`` (two all-reduces of one number).
         alpha, group: as for :func:`dl_norm.sequence_weights`.
+        rows: this rank's part of B as a 0-dim tensor, where the trainer counts something else than
+            rows.
     """
-    rows = sum_over(torch.tensor(lengths.shape[0], device=lengths.device), group)
-    return dl_norm.sequence_weights(lengths, alpha=alpha, max_length=1, group=group) * rows
+    if rows is None:
+        rows = torch.tensor(lengths.shape[0], device=lengths.device)
+    weights = dl_norm.sequence_weights(lengths, alpha=alpha, max_length=1, group=group)
+    return weights * sum_over(rows, group)
 
 
 def token_mean_factors(lengths: list[int], *, alpha: float = 1.0, max_length: int) -> list[float]:
@@ -127,8 +133,8 @@ def needed(module: str, trainer: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this adapter needs {trainer}: {module} cannot be imported ({error}). Versions: "
-            "dl_norm/integrations/README.md"
+            f"this adapter needs {trainer}: {module} cannot be imported ({error}). The versions "
+            "that were checked are in dl_norm/integrations/README.md of the repository"
         ) from error
 
 

@@ -10,9 +10,9 @@ place of that loss.
 **Where the weights come from.** They ride on the advantages. :func:`advantages` sees this rank's
 share of the whole rollout and sums over the data-parallel group; the reducer and the loss are
 plain masked sums. slime multiplies the loss by num_microbatches * dp_size / G (Megatron undoes the
-first two), with G the number of rollouts of a step, so the factor is f_i = (1/M) B L_i^-alpha /
-sum_j L_j^-alpha with B the samples of the rollout, and f_i / G = x_i B / G: the mean of the B / G
-steps is the whole. One sample per rollout is assumed (slime counts siblings as one).
+first two), with G the number of rollouts of a step (siblings of one count once), so the factor is
+f_i = (1/M) B L_i^-alpha / sum_j L_j^-alpha with B the rollouts in all, and f_i / G = x_i B / G: the
+mean of the B / G steps is the whole.
 
 ``--calculate-per-token-loss`` divides by tokens instead and raises; so do
 ``--normalize-advantages`` and ``--use-opd``, which would act on the weights too.
@@ -41,7 +41,9 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         args: ``delta_l_alpha`` (1 if left out); M is ``delta_l_max_length``, or
             ``rollout_max_response_len``.
         rollout_data: this rank's samples: ``rewards``, ``response_lengths``, ``loss_masks`` and
-            ``kl`` (slime puts it there before the call). Sets ``advantages`` and ``returns``.
+            ``kl`` (slime puts it there before the call), and ``rollout_mask_sums``, the counted
+            tokens of a sample's whole rollout; without them each sample is a rollout. Sets
+            ``advantages`` and ``returns``.
     """
     check_args("slime", args)
     masks = rollout_data["loss_masks"]
@@ -49,7 +51,12 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         torch.cat(masks), offsets(rollout_data["response_lengths"], masks[0].device)
     )
     group = needed("megatron.core", _NEEDS).mpu.get_data_parallel_group()
-    factors = row_factors(lengths, alpha=getattr(args, "delta_l_alpha", 1.0), group=group)
+    factors = row_factors(
+        lengths,
+        alpha=getattr(args, "delta_l_alpha", 1.0),
+        group=group,
+        rows=_rollouts(lengths, rollout_data.get("rollout_mask_sums")),
+    )
     rewards = torch.tensor(rollout_data["rewards"], dtype=torch.float32, device=factors.device)
     weighted = (rewards * factors / max_length(args)).unbind()
     rollout_data["advantages"] = [
@@ -201,6 +208,14 @@ def packed_loss(
         "pg_clipfrac": clip_fraction(seen) * samples,
         "ppo_kl": seen.kl_old_k1 / seen.tokens.clamp(min=1) * samples,
     }
+
+
+def _rollouts(lengths: Tensor, of_rollouts: Any) -> Tensor:
+    """0-dim number of rollouts: each sample is the share of its rollout's tokens that it holds."""
+    if of_rollouts is None:
+        return torch.tensor(lengths.shape[0], device=lengths.device)
+    sums = torch.as_tensor(of_rollouts, device=lengths.device)
+    return torch.where(sums > 0, lengths / sums.clamp(min=1), 1.0).sum()
 
 
 def _check_reduction(calculate_per_token_loss: bool) -> None:
