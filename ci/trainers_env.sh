@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Puts the wheels of trainers whose code the adapters are tested inside of into .venv-trainers: 43
-# MB of files without their requirements, never imported as packages. The tests load single files
-# of them. Which versions were checked, and when: dl_norm/integrations/README.md.
+# Puts the wheels of trainers whose code the adapters are tested inside of into .venv-trainers: 47
+# MB of files without their requirements. The tests load single files of them, and run unsloth as a
+# program of its own. Which versions were checked, and when: dl_norm/integrations/README.md.
 #
 #   bash ci/trainers_env.sh        downloads them, or does nothing when they are there
 #
@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON="${PYTHON:-$( [ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3 )}"
 WHEELS=(
     openrlhf==0.11.2 areal==1.0.4 skyrl==0.4.0 torchtitan==0.3.0 ms_swift==4.6.0
-    unsloth==2026.10.9 unsloth_zoo==2026.10.9
+    unsloth==2026.10.9 unsloth_zoo==2026.10.9 trl==1.15.0 # the newest TRL that unsloth takes
 )
 TARGET=.venv-trainers
 if [ "$(cat "$TARGET/recipe" 2>/dev/null)" = "${WHEELS[*]}" ]; then

@@ -172,7 +172,7 @@ def commit(clone: Path) -> str:
     return subprocess.check_output(["git", "-C", clone, "rev-parse", "HEAD"], text=True).strip()
 
 
-WHEELS = ("skyrl", "areal", "openrlhf", "torchtitan", "unsloth", "unsloth_zoo", "swift")
+WHEELS = ("skyrl", "areal", "openrlhf", "torchtitan", "trl", "unsloth", "unsloth_zoo", "swift")
 
 
 def source(path: str) -> Path:

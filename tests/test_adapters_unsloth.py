@@ -1,7 +1,7 @@
 """unsloth: its trainer's compute_loss and its GRPO loss take the weights that the mixin puts there.
 
-Its two files are those of the wheels, and the functions are compiled as unsloth compiles them: it
-writes their text into a trainer of its own. Only its forward pass is stood in for.
+Once as the functions that unsloth writes into its trainer, with only the forward pass stood in for,
+over steps, micro-batches and processes; and once as that whole trainer, training.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
+import os
+import subprocess
 import sys
 import textwrap
 from collections import defaultdict
@@ -27,6 +29,7 @@ from adapter_tools import (
     ALPHA,
     CLIP,
     LENGTHS,
+    ROOT,
     TOLERANCE,
     M,
     Rollout,
@@ -211,15 +214,18 @@ def test_step(
     torch.testing.assert_close(gradient, true_gradient, **TOLERANCE)
 
 
-def test_zoo_hands_the_settings_on() -> None:
-    """What the stand-in for unsloth_zoo's grpo_accumulated_loss does is what is written there."""
-    text = source(ZOO).read_text()
-    text = text[text.index("def grpo_accumulated_loss(") :]
-    for line in (
-        'kwargs["steps_per_generation"] = getattr(trainer.args, "steps_per_generation", None)',
-        "UnslothEfficientGRPO.apply(",
-    ):
-        assert line in text, f"unsloth_zoo's grpo_accumulated_loss has moved: no {line!r} in it"
+def test_training() -> None:
+    """unsloth's whole trainer, over the TRL that it asks for: `unsloth_training.py`."""
+    source("trl")  # skips where the wheels are not
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).with_name("unsloth_training.py"))],
+        env=os.environ | {"PYTHONPATH": str(ROOT / ".venv-trainers")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("the gradient of the whole batch") == 2
 
 
 def test_the_weights_are_ours(rollout: Rollout) -> None:
