@@ -25,6 +25,7 @@ from adapter_stand_ins import (
     fake_slime,
     import_roll,
     import_torchtitan,
+    import_verl,
     megatron_rollouts,
     megatron_utils,
     miles_samples,
@@ -58,6 +59,7 @@ from dl_norm.integrations import (
 
 Run = Callable[..., Tensor]
 RUNS: dict[str, Run] = {}  # those whose loss is ours
+FIXED: dict[str, Run] = {}  # those whose loss is ours, with no options but the trainer's
 WEIGHTED: dict[str, Run] = {}  # those whose loss is the trainer's
 
 
@@ -307,6 +309,43 @@ def torchtitan_trainer(rollout: Rollout, patch: pytest.MonkeyPatch, **options: A
         )
         assert all(value.ndim == 0 for value in metrics.values())
         total = total + loss
+    return total
+
+
+@run(FIXED)
+def verl_plugin(rollout: Rollout, patch: pytest.MonkeyPatch) -> Tensor:
+    verl = import_verl(patch)
+    advantages, _ = verl.compute_delta_l_grpo_advantage(
+        token_level_rewards=rollout.advantages[:, None].expand(rollout.mask.shape),
+        response_mask=rollout.mask,
+        index=None,
+        config={"delta_l_alpha": ALPHA},
+    )
+    config = SimpleNamespace(
+        clip_ratio=None,
+        clip_ratio_low=CLIP["eps_low"],
+        clip_ratio_high=CLIP["eps_high"],
+        clip_ratio_c=CLIP["dual_clip"],
+        global_batch_info={
+            "dp_size": 2,
+            "global_batch_size": len(rollout),
+            "loss_scale_factor": M,
+        },
+    )
+    total = torch.zeros(())
+    for part in (slice(0, 1), slice(1, 6)):
+        if part.start >= len(rollout):
+            continue
+        loss, metrics = verl.compute_policy_loss_delta_l(
+            rollout.old[part],
+            rollout.log_probs[part],
+            advantages[part],
+            rollout.mask[part],
+            "seq-mean-token-sum-norm",
+            config,
+        )
+        assert all(value.ndim == 0 for value in metrics.values())
+        total = total + loss / 2  # gradients are averaged over two ranks
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum, auto
 from types import SimpleNamespace
@@ -401,3 +402,27 @@ def megatron_rollouts(rollout: Rollout) -> list[list[SimpleNamespace]]:
         for mask in rollout.cut(rollout.mask)
     ]
     return [found[start : start + 2] for start in range(0, len(found), 2)]
+
+
+def import_verl(patch: pytest.MonkeyPatch) -> Any:
+    """The plugin over stand-ins for verl's registries and its GRPO advantages."""
+
+    def register(name: str) -> Any:
+        return lambda function: function
+
+    def grpo(token_level_rewards: Tensor, response_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        advantages = token_level_rewards * response_mask
+        return advantages, advantages
+
+    fake(
+        patch,
+        "verl.trainer.ppo.core_algos",
+        compute_grpo_outcome_advantage=grpo,
+        compute_rloo_outcome_advantage=grpo,
+        register_adv_est=register,
+        register_policy_loss=register,
+    )
+    patch.setattr(sys.modules["verl"], "__version__", "0.9.1", raising=False)
+    fake(patch, "omegaconf", OmegaConf=SimpleNamespace(is_config=lambda config: False))
+    fake(patch, "omegaconf.errors", ConfigKeyError=KeyError)
+    return fresh_import(patch, "dl_norm.integrations.verl")

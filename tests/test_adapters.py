@@ -21,7 +21,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 
-from adapter_runs import RUNS, WEIGHTED
+from adapter_runs import FIXED, RUNS, WEIGHTED
 from adapter_stand_ins import NEMO, slime_args, slime_batch
 from adapter_tools import (
     ALPHA,
@@ -55,17 +55,30 @@ def rollout() -> Rollout:
     return make_rollout()
 
 
-# -- every adapter
+# -- every adapter but TRL's, which has tests of its own
+
+
+ALL = RUNS | FIXED | WEIGHTED
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("trainer", [*RUNS, *WEIGHTED])
+@pytest.mark.parametrize("trainer", ALL)
 def test_hand_over(
     rollout: Rollout, trainer: str, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and gradient of the whole batch in one piece, whatever kind of tensors come."""
     changed = VARIANTS[variant](rollout)
-    changed.check((RUNS | WEIGHTED)[trainer](changed, monkeypatch))
+    changed.check(ALL[trainer](changed, monkeypatch))
+
+
+@pytest.mark.parametrize("variant", ["strided", "float mask", "one empty response"])
+@pytest.mark.parametrize("trainer", RUNS)
+def test_hand_over_to_the_kernel(
+    rollout: Rollout, trainer: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with the Triton kernel, which a CPU does not take of itself."""
+    changed = VARIANTS[variant](rollout)
+    changed.check(RUNS[trainer](changed, monkeypatch, impl="triton"))
 
 
 @pytest.mark.parametrize("trainer", RUNS)
@@ -95,8 +108,8 @@ def test_bad_options_raise(
 def test_every_adapter_is_here() -> None:
     """A new module of the folder gets a run, and so all tests above."""
     names = {path.stem for path in (ROOT / "dl_norm" / "integrations").glob("*.py")}
-    names -= {"__init__", "shared", "verl"} | {name for name in names if name.startswith("trl")}
-    covered = {run.rpartition("-")[0].replace("-", "_") for run in (*RUNS, *WEIGHTED)}
+    names -= {"__init__", "shared"} | {name for name in names if name.startswith("trl")}
+    covered = {run.rpartition("-")[0].replace("-", "_") for run in ALL}
     assert names == covered
 
 
