@@ -5,7 +5,7 @@
 #   bash ci/skyrl_env.sh                  with python3.12 from the PATH
 #   PYTHON312=... TORCH=... bash ci/skyrl_env.sh
 #
-# tests/test_adapters_real.py runs SkyRL's registry and loss in it and is skipped without it.
+# tests/test_adapters_skyrl.py runs SkyRL's registry and loss in it and is skipped without it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 KINDS: dict[str, type[Surrogate] | Surrogate] = {}
 
 
-
-
 class Surrogate:
     """The policy term of one token: a loss of its log-prob, ratio and advantage.
 

@@ -158,8 +158,8 @@ def check_config() -> None:
 
 
 def readme_block(language: str) -> str:
-    """The block of the README with verl's settings in that language."""
-    readme = (ROOT / "README.md").read_text()
+    """The block of the adapters' page with verl's settings in that language."""
+    readme = (ROOT / "dl_norm" / "integrations" / "README.md").read_text()
     blocks = re.findall(rf"^```{language}\n(.*?)^```$", readme, re.M | re.S)
     (block,) = (block for block in blocks if "delta_l_grpo" in block)
     return block

@@ -1,11 +1,8 @@
 r"""DeltaL Normalization in AReaL, for an actor that calls ``engine.train_batch`` itself.
 
-Read: AReaL 1.0.4. The hook is ``engine.train_batch(mb, loss_fn, loss_weight_fn)``, with
-``loss_fn(logprobs, entropy, input_data, vocab_min_logits=None, vocab_max_logits=None) -> loss`` and
-``loss_weight_fn(input_data) -> Tensor``. What a user writes in the actor's ``ppo_update``::
-
-    loss = DeltaLLoss(alpha=0.75, max_length=3072, eps_high=0.28, stats=stats_tracker)
-    engine.train_batch(mb, loss_fn=loss, loss_weight_fn=loss.weight)
+The hook is ``engine.train_batch(mb, loss_fn, loss_weight_fn)``, with ``loss_fn(logprobs, entropy,
+input_data, vocab_min_logits=None, vocab_max_logits=None) -> loss`` and
+``loss_weight_fn(input_data) -> Tensor``. What a user writes: README.md of this folder.
 
 **Where the weights come from.** AReaL's engine itself: it multiplies the loss of micro-batch m by
 w_m / sum_m w_m, summed over all micro-batches of all data-parallel ranks (and by their number,
@@ -28,7 +25,8 @@ import torch
 from torch import Tensor
 
 import dl_norm
-from dl_norm.options import make_token_loss
+
+from .shared import adapter_loss, checked
 
 
 class DeltaLLoss:
@@ -36,29 +34,18 @@ class DeltaLLoss:
 
     Args:
         alpha, max_length: as for :func:`dl_norm.sequence_weights`.
-        eps_low, eps_high, dual_clip: AReaL's eps_clip, eps_clip_higher and c_clip.
         stats: AReaL's ``stats_tracker``, to log ``entropy``, ``importance_weight``, ``approx_kl``,
             ``clip_ratio``, ``new_logp`` and ``old_logp`` per token under its names, or None.
+        **options: of :func:`dl_norm.policy_loss`: AReaL's eps_clip, eps_clip_higher and c_clip are
+            ``eps_low``, ``eps_high`` (``eps_low`` if left out) and ``dual_clip``.
     """
 
-    def __init__(
-        self,
-        *,
-        max_length: int,
-        alpha: float = 1.0,
-        eps_low: float = 0.2,
-        eps_high: float | None = None,
-        dual_clip: float | None = None,
-        stats: Any = None,
-    ):
+    def __init__(self, *, max_length: int, alpha: float = 1.0, stats: Any = None, **options: Any):
+        if "eps_low" in options:
+            options.setdefault("eps_high", options["eps_low"])
         self.alpha, self.max_length, self.stats = alpha, max_length, stats
-        self.options = {
-            "eps_low": eps_low,
-            "eps_high": eps_low if eps_high is None else eps_high,
-            "dual_clip": dual_clip,
-        }
-        make_token_loss(**self.options)  # bad values raise here, not in the first step
-        self._weights(torch.ones(1, dtype=torch.int64))
+        self.options = checked(options)
+        self._weights(torch.ones(1, dtype=torch.int64))  # bad values raise here as well
 
     def __call__(
         self,
@@ -82,18 +69,18 @@ class DeltaLLoss:
         mask, offsets = input_data["loss_mask"], _offsets(input_data)
         old = input_data.get("prox_logp")
         old = input_data["logprobs"] if old is None else old
-        loss = dl_norm.policy_loss(
+        loss, _ = adapter_loss(
             logprobs,
             old,
             input_data["advantages"],
             mask,
-            self._weights(dl_norm.sequence_lengths(mask, offsets)),
+            weights=self._weights(dl_norm.sequence_lengths(mask, offsets)),
             cu_seqlens=offsets,
             **self.options,
         )
         if self.stats is not None:
             self._log(logprobs.detach(), old, entropy.detach(), input_data)
-        return loss  # pyright: ignore[reportReturnType]
+        return loss
 
     def weight(self, input_data: dict[str, Any]) -> Tensor:
         """``loss_weight_fn``: 0-dim float32 sum of L_i^-alpha over this micro-batch's sequences."""
@@ -109,15 +96,15 @@ class DeltaLLoss:
     @torch.no_grad()
     def _log(self, log_probs: Tensor, old: Tensor, entropy: Tensor, data: dict[str, Any]) -> None:
         mask = data["loss_mask"].bool()
-        log_ratio = (log_probs - old).masked_fill(~mask, 0.0)
+        log_ratio = (log_probs.float() - old.float()).masked_fill(~mask, 0.0)
         ratio, advantages = log_ratio.exp(), data["advantages"]
-        low = (ratio < 1 - self.options["eps_low"]) & (advantages < 0)
-        high = (ratio > 1 + self.options["eps_high"]) & (advantages > 0)
+        low = (ratio < 1 - self.options.get("eps_low", 0.2)) & (advantages < 0)
+        high = (ratio > 1 + self.options.get("eps_high", 0.2)) & (advantages > 0)
         self.stats.denominator(n_valid_tokens=mask)
         self.stats.stat(
             entropy=entropy.float(),
-            importance_weight=ratio.float(),
-            approx_kl=log_ratio.float(),
+            importance_weight=ratio,
+            approx_kl=log_ratio,
             clip_ratio=((low | high) & mask).float(),
             new_logp=log_probs.float(),
             old_logp=old.float(),

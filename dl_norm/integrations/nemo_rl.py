@@ -1,14 +1,7 @@
 r"""DeltaL Normalization in NeMo-RL, as a loss function of ``grpo_train``.
 
-Read: NeMo-RL 0.7.0 and main (7ea279ab). The hook is ``LossFunction.__call__(next_token_logprobs,
-data, global_valid_seqs, global_valid_toks) -> (loss, metrics)``. What a user writes::
-
-    from nemo_rl.algorithms import grpo
-    from dl_norm.integrations import nemo_rl as delta_l
-
-    delta_l.weight_advantages(grpo, alpha=0.75)
-    loss_fn = delta_l.DeltaLLossFn(master_config.loss_fn, max_length=3072)
-    grpo.grpo_train(..., loss_fn=loss_fn, ...)
+The hook is ``LossFunction.__call__(next_token_logprobs, data, global_valid_seqs,
+global_valid_toks) -> (loss, metrics)``. What a user writes: README.md of this folder.
 
 **Where the weights come from.** 1/G from ``global_valid_seqs``, the samples of the step on all
 ranks, and the rest rides on the advantages: NeMo-RL's driver computes them for the whole rollout,
@@ -22,7 +15,6 @@ NeMo-RL's split trainers pass ``global_valid_seqs = 1`` and rescale afterwards b
 names: it is SEQUENCE_LEVEL here.
 """
 
-# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from typing import Any
@@ -33,7 +25,16 @@ from torch import Tensor
 import dl_norm
 from dl_norm.checks import check_number
 
-from .carried import carried_loss, refuse, required
+from .shared import adapter_loss, checked, needed, on_host, refuse, required
+
+# Fields of ClippedPGLossConfig that have no counterpart here.
+_REFUSED = (
+    "disable_ppo_ratio",
+    "sequence_level_importance_ratios",
+    "use_cispo",
+    "truncated_importance_sampling_type",
+    "positive_example_nll_weight",
+)
 
 
 class DeltaLLossFn:
@@ -45,38 +46,34 @@ class DeltaLLossFn:
             ``use_importance_sampling_correction`` (untruncated).
         max_length: the constant M.
         use_fused_linear_logprobs: as for ``ClippedPGLossFn``.
+        **options: of :func:`dl_norm.policy_loss`, over those of ``cfg``.
 
     Raises:
         ImportError: NeMo-RL is not installed.
-        ValueError: a field that cannot be followed.
+        ValueError: a field that cannot be followed, a bad option.
     """
 
-    def __init__(self, cfg: Any, *, max_length: float, use_fused_linear_logprobs: bool = False):
-        try:
-            from nemo_rl.algorithms.loss import interfaces
-        except ImportError as error:
-            raise ImportError("DeltaLLossFn needs NeMo-RL 0.7, from its repository") from error
+    def __init__(
+        self,
+        cfg: Any,
+        *,
+        max_length: float,
+        use_fused_linear_logprobs: bool = False,
+        **options: Any,
+    ):
+        interfaces = needed("nemo_rl.algorithms.loss.interfaces", "NeMo-RL, from its repository")
         check_number(max_length, "max_length", "max_length > 0", lambda m: m > 0)
 
-        def option(name: str, default: Any) -> Any:
+        def field(name: str, default: Any) -> Any:
             if isinstance(cfg, dict):
                 return cfg.get(name, default)
             return getattr(cfg, name, default)
 
-        beta = option("reference_policy_kl_penalty", 0.01)
+        beta = field("reference_policy_kl_penalty", 0.01)
         refuse(
             "NeMo-RL",
-            {
-                name: option(name, False)
-                for name in (
-                    "disable_ppo_ratio",
-                    "sequence_level_importance_ratios",
-                    "use_cispo",
-                    "truncated_importance_sampling_type",
-                    "positive_example_nll_weight",
-                )
-            }
-            | {"reference_policy_kl_penalty": 0 if option("use_kl_in_reward", False) else beta},
+            {name: field(name, False) for name in _REFUSED}
+            | {"reference_policy_kl_penalty": 0 if field("use_kl_in_reward", False) else beta},
             "set it to its neutral value (0, false or null), or keep ClippedPGLossFn",
         )
         self.input_type = interfaces.LossInputType.LOGPROB
@@ -84,13 +81,14 @@ class DeltaLLossFn:
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.reference_policy_kl_penalty = 0  # read by NeMo-RL's input preparation
         self.max_length = max_length
-        self.on_policy = option("force_on_policy_ratio", False)
-        self.correct = option("use_importance_sampling_correction", False)
+        self.on_policy = field("force_on_policy_ratio", False)
+        self.correct = field("use_importance_sampling_correction", False)
         self.clip = {
-            "eps_low": option("ratio_clip_min", 0.2),
-            "eps_high": option("ratio_clip_max", 0.2),
-            "dual_clip": option("ratio_clip_c", None),
+            "eps_low": field("ratio_clip_min", 0.2),
+            "eps_high": field("ratio_clip_max", 0.2),
+            "dual_clip": field("ratio_clip_c", None),
         }
+        self.options = checked({"log_ratio_clamp": None, **options})  # NeMo-RL clamps nothing
         if hasattr(interfaces, "MetricNormalizer"):  # after 0.7.0
             self.metric_normalizations = _metric_normalizations(interfaces.MetricNormalizer)
 
@@ -125,17 +123,17 @@ class DeltaLLossFn:
         previous = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
         mismatch = (previous - generated).masked_fill(~mask, 0.0)
         sequences = torch.as_tensor(global_valid_seqs, device=mask.device).clamp(min=1)
-        loss, seen = carried_loss(
+        loss, seen = adapter_loss(
             next_token_logprobs,
             None if self.on_policy else previous,
             data["advantages"][:, 1:],
             mask,
-            scale=1 / (sequences * self.max_length),
+            weights=1 / (sequences * self.max_length),
             rollout_weights=torch.nan_to_num(mismatch.exp(), 0.0, 0.0, 0.0)
             if self.correct
             else None,
-            log_ratio_clamp=None,  # NeMo-RL has none
-            **self.clip,
+            clip=self.clip,
+            **self.options,
         )
         values = {
             "probs_ratio": seen.ratio,
@@ -150,8 +148,7 @@ class DeltaLLossFn:
         values["probs_ratio_max"] = seen.ratio_max
         values["num_valid_samples"] = data["sample_mask"].sum()
         values["loss"] = loss.detach()
-        on_host = torch.stack([value.double() for value in values.values()]).tolist()
-        return loss, dict(zip(values, on_host, strict=True))
+        return loss, on_host(values)
 
 
 def _metric_normalizations(normalizer: Any) -> dict[str, Any]:

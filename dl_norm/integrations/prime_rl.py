@@ -1,19 +1,11 @@
 r"""DeltaL Normalization in prime-rl, as a custom loss.
 
-Read: prime-rl 0.8.0 (559b4477). The hook is ``f(inputs: LossInputs, **kwargs) -> LossOutputs``,
-called once per sequence::
-
-    [trainer.loss]
-    type = "custom"
-    import_path = "dl_norm.integrations.prime_rl.delta_l_loss"
-    kwargs = { eps_high = 0.28 }
+The hook is ``f(inputs: LossInputs, **kwargs) -> LossOutputs``, called once per sequence. What a
+user writes: README.md of this folder.
 
 **Where the weights come from.** They ride on the advantages: prime-rl adds the sequences' losses
 up and divides by N, the rl tokens of the step on all ranks, so the orchestrator multiplies the
-advantages by x_i N, with N the same count, before it ships the step::
-
-    batch = sink.process_batch()
-    weight_samples(batch.samples, alpha=0.75, max_length=3072)
+advantages by x_i N, with N the same count, before it ships the step (:func:`weight_samples`).
 
 The step's batch is the whole batch. ``filter_zero_advantages`` drops sequences before that; turn it
 off, or they are left out of sum_j L_j^-alpha. Samples that prime-rl later cuts to its ``seq_len``
@@ -23,7 +15,6 @@ count with their full length here.
 sequences to one kernel, without the loop over sequences.
 """
 
-# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from typing import Any
@@ -31,10 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dl_norm
 from dl_norm.metrics import PolicyLossMetrics
 
-from .carried import carried_loss, offsets
+from .shared import adapter_loss, checked, needed, offsets, token_mean_factors
 
 
 def delta_l_loss(inputs: Any, **options: Any) -> Any:
@@ -43,16 +33,13 @@ def delta_l_loss(inputs: Any, **options: Any) -> Any:
     Args:
         inputs: prime-rl's ``LossInputs``, (T,) streams. ``inference_logprobs`` are the old
             log-probs, ``loss_weights`` multiply the token losses.
-        **options: of :func:`dl_norm.policy_loss`: eps_low, eps_high, dual_clip, delta, ...
+        **options: of :func:`dl_norm.policy_loss`: eps_low, eps_high, surrogate, delta, ...
 
     Returns:
         prime-rl's ``LossOutputs``; metrics are 0-dim tensors under the names of its default loss.
     """
-    try:
-        from prime_rl.trainer.rl.loss import LossOutputs
-    except ImportError as error:
-        raise ImportError("delta_l_loss needs prime-rl, from its repository") from error
-    loss, metrics = carried_loss(
+    outputs = needed("prime_rl.trainer.rl.loss", "prime-rl, from its repository").LossOutputs
+    loss, metrics = adapter_loss(
         inputs.trainer_logprobs[None],
         inputs.inference_logprobs[None],
         inputs.advantages[None],
@@ -60,7 +47,7 @@ def delta_l_loss(inputs: Any, **options: Any) -> Any:
         rollout_weights=None if inputs.loss_weights is None else inputs.loss_weights[None],
         **options,
     )
-    return LossOutputs(loss=loss, metrics=_names(metrics))
+    return outputs(loss=loss, metrics=_names(metrics))
 
 
 def make_compute_loss(**options: Any):
@@ -71,6 +58,7 @@ def make_compute_loss(**options: Any):
     Other components than rl (``ce_weights``, ``ref_kl_weights``) raise ValueError: they need the
     original with :func:`delta_l_loss`.
     """
+    checked(options)
 
     def compute_loss(
         trainer_logprobs,
@@ -94,13 +82,13 @@ def make_compute_loss(**options: Any):
         log_probs, mask = torch.cat(trainer_logprobs), torch.cat(loss_mask)
         weights = None if rl_weights is None else torch.cat(rl_weights)
         if weights is not None:
-            mask = mask & (weights != 0)
-        loss, metrics = carried_loss(
+            mask = (mask != 0) & (weights != 0)
+        loss, metrics = adapter_loss(
             log_probs,
             torch.cat(inference_logprobs),
             torch.cat(advantages),
             mask,
-            scale=1 / rl_scale,
+            weights=1 / rl_scale,
             cu_seqlens=offsets([len(stream) for stream in trainer_logprobs], log_probs.device),
             rollout_weights=weights,
             **options,
@@ -121,10 +109,9 @@ def weight_samples(samples: list[Any], *, alpha: float = 1.0, max_length: int) -
     Raises:
         ValueError: a sample with rl tokens but no advantages.
     """
-    lengths = torch.tensor([_rl_tokens(sample) for sample in samples], dtype=torch.int64)
-    weights = dl_norm.sequence_weights(lengths, alpha=alpha, max_length=max_length, group="local")
-    factors = (weights.double() * lengths.sum()).tolist()
-    for sample, length, factor in zip(samples, lengths.tolist(), factors, strict=True):
+    lengths = [_rl_tokens(sample) for sample in samples]
+    factors = token_mean_factors(lengths, alpha=alpha, max_length=max_length)
+    for sample, length, factor in zip(samples, lengths, factors, strict=True):
         if sample.advantages is None:
             if length:
                 raise ValueError(f"a sample has {length} rl tokens but no advantages to weight")

@@ -1,13 +1,7 @@
 r"""DeltaL Normalization in ROLL, as the class of the training workers.
 
-Read: ROLL 0.3.0 (8eb27cc2). The hook is ``loss_func(self, data, output_tensor) -> (loss, metrics)``
-of the actor worker. What a user writes in the pipeline's YAML::
-
-    actor_train:
-      worker_cls: dl_norm.integrations.roll.DeltaLActorWorker
-
-and alpha and M by a subclass (``alpha = 0.75``, ``max_length = 3072``), or M is ROLL's
-``response_length``.
+The hook is ``loss_func(self, data, output_tensor) -> (loss, metrics)`` of the actor worker. What a
+user writes: README.md of this folder. M is ROLL's ``response_length`` if a subclass sets none.
 
 **Where the weights come from.** Global lengths: ``train_step`` of a worker gets this data-parallel
 rank's share of the whole rollout, so the weights over all ranks are computed there and travel with
@@ -21,7 +15,7 @@ their mean is sum_i x_i grad sum_t l_it.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -30,7 +24,7 @@ from torch import Tensor
 import dl_norm
 from dl_norm.weights import gradient_scale
 
-from .carried import refuse, required
+from .shared import adapter_loss, on_host, refuse, required
 
 try:
     from roll.distributed.scheduler.decorator import Dispatch, register
@@ -53,6 +47,7 @@ class DeltaLActorWorker(ActorWorker):
 
     alpha: float = 1.0
     max_length: int | None = None
+    options: ClassVar[dict[str, Any]] = {}  # of policy_loss, over ROLL's clip settings
 
     @register(
         dispatch_mode=Dispatch.DP_MP_DISPATCH_FIRST, trace=True, prefetch=False, to_remote=False
@@ -124,20 +119,21 @@ class DeltaLActorWorker(ActorWorker):
             else (config.pg_clip, config.pg_clip)
         )
         beta = config.kl_loss_coef if config.use_kl_loss else 0.0
-        loss, seen = dl_norm.policy_loss(
+        loss, seen = adapter_loss(
             log_probs,
             old_log_probs,
             data.batch["advantages"],
             mask,
-            weights,
-            eps_low=low,
-            eps_high=high,
-            dual_clip=1 + 2 * config.pg_clip if config.dual_clip_loss else None,
+            weights=weights,
+            clip={
+                "eps_low": low,
+                "eps_high": high,
+                "dual_clip": 1 + 2 * config.pg_clip if config.dual_clip_loss else None,
+            },
             ref_log_probs=data.batch["ref_log_probs"] if beta else None,
             beta=beta,
             rollout_weights=rollout_weights,
-            log_ratio_clamp=None,  # ROLL has none
-            return_metrics=True,
+            **{"log_ratio_clamp": None, **self.options},  # ROLL clamps nothing
         )
         total = loss * config.rl_loss_coef
         count = torch.as_tensor(tokens.get("final_response_mask", tokens["response_mask"]))
@@ -153,8 +149,7 @@ class DeltaLActorWorker(ActorWorker):
             "actor/pg_loss@sum": loss.detach(),
             "actor/total_loss@sum": total.detach(),
         }
-        on_host = torch.stack([value.float() for value in values.values()]).tolist()  # one sync
-        return total, {**dict(zip(values, on_host, strict=True)), **more}
+        return total, {**on_host(values), **more}
 
     def _correction(self, data, old_log_probs: Tensor, mask: Tensor):
         """ROLL's correction for the gap between trainer and sampler: weights, mask, metrics."""

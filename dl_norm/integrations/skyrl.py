@@ -1,22 +1,8 @@
 r"""DeltaL Normalization in SkyRL, by its policy loss registry.
 
-Read and run: SkyRL 0.4.0. The hook is ``register_policy_loss``:
-``f(log_probs, old_log_probs, advantages, config, loss_mask=None, rollout_logprobs=None)`` returning
-``(loss, metrics)``. What a user writes::
-
-    from dl_norm.integrations import skyrl as delta_l
-
-    delta_l.register()  # trainer.algorithm.policy_loss_type=delta_l
-
-    class Trainer(delta_l.DeltaLAdvantages, RayPPOTrainer):
-        alpha = 0.75
-
-    class Experiment(BasePPOExp):
-        def get_trainer(self, *args, **kwargs):
-            return Trainer(*args, **kwargs)
-
-with ``trainer.algorithm.loss_reduction=seq_mean_token_sum_norm`` and
-``trainer.algorithm.max_seq_len=3072``, the constant M.
+The hook is ``register_policy_loss``: ``f(log_probs, old_log_probs, advantages, config,
+loss_mask=None, rollout_logprobs=None)`` returning ``(loss, metrics)``. What a user writes:
+README.md of this folder, and `skyrl.md` at length.
 
 **Where the weights come from.** They ride on the advantages. SkyRL scales the advantages of each
 mini-batch by 1/(B' M), B' its rows, and the loss is a plain sum, multiplied by dp_size against the
@@ -29,17 +15,18 @@ whole.
 SkyRL's KL and entropy terms and its off-policy correction stay as they are.
 """
 
-# pyright: reportMissingImports=false
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .carried import carried_loss, clip_fraction, row_factors
+from .shared import adapter_loss, checked, clip_fraction, needed, row_factors
 
 REDUCTION = "seq_mean_token_sum_norm"
+_UTILS, _NEEDS = "skyrl.backends.skyrl_train.utils", "SkyRL 0.4 (pip install 'skyrl>=0.4,<0.5')"
 
 
 def delta_l_policy_loss(
@@ -49,6 +36,7 @@ def delta_l_policy_loss(
     config: Any,
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """SkyRL's clipped loss as a plain masked sum, by :func:`dl_norm.policy_loss`.
 
@@ -56,6 +44,7 @@ def delta_l_policy_loss(
         log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs: (B, T).
         config: SkyRL's ``AlgorithmConfig``: ``eps_clip_low``, ``eps_clip_high``, and
             ``clip_ratio_c`` if ``policy_loss_type`` is "delta_l_dual_clip".
+        **options: those given to :func:`register`.
 
     Returns:
         (loss, {"clip_ratio": ...}): SkyRL takes metrics as Python floats, which is one host sync.
@@ -66,21 +55,25 @@ def delta_l_policy_loss(
     _check_reduction(config)
     rollout_weights, metrics = None, {}
     if rollout_logprobs is not None:
-        rollout_weights, metrics, loss_mask = _off_policy_correction(
+        correction = needed(f"{_UTILS}.off_policy_correction_utils", _NEEDS)
+        rollout_weights, metrics, loss_mask = correction.compute_off_policy_correction(
             old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction
         )
         if rollout_weights is not None and rollout_weights.shape[-1] == 1:
             rollout_weights = rollout_weights.squeeze(-1)  # one per sequence
     dual = config.policy_loss_type == "delta_l_dual_clip"
-    loss, seen = carried_loss(
+    loss, seen = adapter_loss(
         log_probs,
         old_log_probs,
         advantages,
         loss_mask,
-        eps_low=config.eps_clip_low,
-        eps_high=config.eps_clip_high,
-        dual_clip=config.clip_ratio_c if dual else None,
         rollout_weights=rollout_weights,
+        clip={
+            "eps_low": config.eps_clip_low,
+            "eps_high": config.eps_clip_high,
+            "dual_clip": config.clip_ratio_c if dual else None,
+        },
+        **options,
     )
     return loss, {"clip_ratio": clip_fraction(seen).item(), **metrics}
 
@@ -116,14 +109,16 @@ class DeltaLAdvantages:
         )
 
 
-def register() -> None:
-    """Register ``delta_l`` and ``delta_l_dual_clip`` as values of ``policy_loss_type``."""
-    try:
-        from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
-    except ImportError as error:
-        raise ImportError("register() needs SkyRL 0.4: pip install 'skyrl>=0.4,<0.5'") from error
+def register(**options: Any) -> None:
+    """Register ``delta_l`` and ``delta_l_dual_clip`` as values of ``policy_loss_type``.
+
+    Args:
+        **options: of :func:`dl_norm.policy_loss`, over SkyRL's clip settings.
+    """
+    registry = needed(f"{_UTILS}.ppo_utils", _NEEDS).PolicyLossRegistry
+    loss = functools.partial(delta_l_policy_loss, **checked(options))
     for name in ("delta_l", "delta_l_dual_clip"):
-        PolicyLossRegistry.register(name, delta_l_policy_loss)
+        registry.register(name, loss)
 
 
 def _check_reduction(config: Any) -> None:
@@ -132,13 +127,3 @@ def _check_reduction(config: Any) -> None:
             f"loss_reduction={config.loss_reduction!r} divides by what it counts itself; DeltaL "
             f"needs a constant: set trainer.algorithm.loss_reduction={REDUCTION} and max_seq_len"
         )
-
-
-def _off_policy_correction(old_log_probs, rollout_logprobs, loss_mask, config):
-    try:
-        from skyrl.backends.skyrl_train.utils.off_policy_correction_utils import (
-            compute_off_policy_correction,
-        )
-    except ImportError as error:
-        raise ImportError("rollout_logprobs need SkyRL 0.4's off-policy correction") from error
-    return compute_off_policy_correction(old_log_probs, rollout_logprobs, loss_mask, config)

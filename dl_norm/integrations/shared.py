@@ -1,0 +1,152 @@
+r"""What the adapters share: weights on the advantages, the loss for them, and what they refuse.
+
+In most trainers the loss sees one micro-batch and nothing more, while the weights x_i of
+:func:`dl_norm.sequence_weights` need the whole rollout. A factor f_i > 0 may move from the loss
+into the advantage, because every clip is positively homogeneous in A, so the weights travel with
+the advantages:
+
+    where the rollout is whole      A_i <- f_i A_i,  f_i = x_i D
+    in the loss                     sum over the micro-batch of (1/c) sum_t l_it(f_i A_i)
+
+with D what the trainer divides by in the end and c what the loss itself divides by, so that the
+step's gradient is sum_i x_i grad sum_t l_it. KL and entropy terms are not reweighted.
+
+**A user's own options** (``surrogate``, ``delta``, ``ratio_level``, ...) go through one function,
+:func:`adapter_loss`, and are checked by :func:`dl_norm.policy_loss` itself. An adapter only says
+what its trainer's clip settings are; an option that the loss learns needs no change here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dl_norm
+from dl_norm.metrics import PolicyLossMetrics
+from dl_norm.weights.group_sums import Group, sum_over
+
+
+def row_factors(
+    lengths: Tensor, *, alpha: float = 1.0, group: Group = "local", rows: Tensor | None = None
+) -> Tensor:
+    r"""(B,) float32 factors f_i = B L_i^-alpha / sum_j L_j^-alpha, 0 where L_i = 0.
+
+    For a trainer that divides the sum of all token losses by its number of rows and by a constant
+    M: f_i / (B M) = x_i, the DeltaL weight over the whole rollout. B counts the empty rows too,
+    since the trainer's division does. If the trainer takes S steps with B / S rows each, every
+    step's division is by B / S, and the mean of the S gradients is the rollout's.
+
+    Args:
+        lengths: (B,) integers, tokens that count in each row of the **whole** rollout, or in this
+            rank's part of it with ``group`` (two all-reduces of one number).
+        alpha, group: as for :func:`dl_norm.sequence_weights`.
+        rows: this rank's part of B as a 0-dim tensor, where the trainer counts something else than
+            rows.
+    """
+    if rows is None:
+        rows = torch.tensor(lengths.shape[0], device=lengths.device)
+    weights = dl_norm.sequence_weights(lengths, alpha=alpha, max_length=1, group=group)
+    return weights * sum_over(rows, group)
+
+
+def token_mean_factors(lengths: list[int], *, alpha: float = 1.0, max_length: int) -> list[float]:
+    """f_i = x_i N for a trainer that divides the sum of all token losses by N = sum_j L_j.
+
+    Args:
+        lengths: tokens that count in each sequence of the **whole** step, on all ranks.
+        alpha, max_length: as for :func:`dl_norm.sequence_weights`.
+    """
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    weights = dl_norm.sequence_weights(counts, alpha=alpha, max_length=max_length, group="local")
+    return (weights.double() * counts.sum()).tolist()
+
+
+def adapter_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    weights: float | Tensor = 1.0,
+    cu_seqlens: Tensor | None = None,
+    clip: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Tensor, PolicyLossMetrics]:
+    """:func:`dl_norm.policy_loss` and its metrics, as an adapter calls it.
+
+    Args:
+        weights: of the sequences: (G,), or one number for all of them, such as 1 where the
+            advantages carry the weights. A 0-dim tensor is not read on the host.
+        mask: None counts every token of a padded batch.
+        clip: the trainer's clip settings. Left out if ``options`` name a surrogate other than
+            "clip": it brings its own.
+        **options: the user's, over ``clip``; and what else :func:`dl_norm.policy_loss` takes.
+    """
+    if mask is None and cu_seqlens is None:
+        mask = torch.ones_like(log_probs, dtype=torch.bool)
+    sequences = log_probs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if clip and options.get("surrogate", "clip") == "clip":
+        options = {**clip, **options}
+    outputs: Any = dl_norm.policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        torch.ones(sequences, device=log_probs.device) * weights,
+        cu_seqlens=cu_seqlens,
+        return_metrics=True,
+        **options,
+    )
+    return outputs
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """``options``, if the loss of one token takes them: bad ones raise at construction."""
+    token, settings = torch.ones(1, 1), {**options, "impl": "torch"}
+    dl_norm.policy_loss(token, token, token, token.bool(), token[0], **settings)
+    return options
+
+
+def offsets(lengths: list[int] | Tensor, device: torch.device) -> Tensor:
+    """(G + 1,) int64 cu_seqlens of sequences laid end to end. One copy to the device, no sync."""
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, non_blocking=True)
+
+
+def clip_fraction(metrics: PolicyLossMetrics) -> Tensor:
+    """0-dim share of the tokens whose ratio is cut off by eps_low or eps_high."""
+    return (metrics.clipped_low + metrics.clipped_high) / metrics.tokens.clamp(min=1)
+
+
+def on_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """0-dim tensors as floats, by one host sync: for trainers whose metrics are Python floats."""
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def needed(module: str, trainer: str) -> Any:
+    """The trainer's ``module``, or an ImportError that says what is needed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this adapter needs {trainer}: {module} cannot be imported ({error}). The versions "
+            "that were checked are in dl_norm/integrations/README.md of the repository"
+        ) from error
+
+
+def required(value: Any, name: str, remedy: str) -> Any:
+    """``value``, or a ValueError when it is None: nothing falls back to the micro-batch."""
+    if value is None:
+        raise ValueError(f"{name} is missing: {remedy}")
+    return value
+
+
+def refuse(trainer: str, options: dict[str, Any], remedy: str) -> None:
+    """ValueError for every option (name -> value) that is set and that the loss cannot follow."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{trainer}'s {name}={value!r} is not supported here: {remedy}")
