@@ -36,20 +36,25 @@ base="${PYTHON:-python3}"
 floor() { sed -n "s/^ *\"$1>=\([0-9.]*\).*/\1/p" pyproject.toml; }
 newest() { "$base" -m pip index versions torch 2>/dev/null | sed -n '1s/.*(\(.*\))/\1/p'; }
 
+# In the order of releases.
+before() { [ "$1" != "$2" ] && [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; }
+
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 unset TORCH
 failed=0
 for release in "${wanted[@]}"; do
-    triton=()
+    others=()
     case "$release" in
     oldest)
         release="$(floor torch)"
-        triton=("triton==$(floor triton); platform_system == 'Linux'")
+        others=("triton==$(floor triton); platform_system == 'Linux'")
         ;;
     newest) release="$(newest)" ;;
     esac
-    DEFAULT_TORCH=("torch==$release" ${triton[@]+"${triton[@]}"}) # pip knows the triton of others
+    # The interpreter of Triton 3.6 and older does not know numpy 2.4.
+    if before "$release" 2.12; then others+=("numpy<2.4"); fi
+    DEFAULT_TORCH=("torch==$release" ${others[@]+"${others[@]}"})
     VENV=".venv-torch-$release"
     PYTHON="$base"
     ensure_env test

@@ -8,6 +8,7 @@ import email
 import importlib.machinery
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,9 +177,18 @@ def test_metadata(built):
         if "extra ==" not in requirement
     }
     # Nothing of the tests or benchmarks is needed to use the package.
-    assert required == {"torch>=2.8", "triton>=3.4", "numpy"}
-    readme = metadata.get_payload(decode=True).decode("utf-8")
-    assert readme.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    assert required == {"torch>=2.10", "triton>=3.6", "numpy"}
+    # And the README says so.
+    (requirements,) = re.findall(r"^## Requirements\n\n(.+)$", readme_of(metadata), re.M)
+    for name, least in (("PyTorch", "2.10"), ("Triton", "3.6"), ("Python", "3.10")):
+        assert f"{name} ≥ {least}" in requirements
+    (trl,) = (one for one in metadata.get_all("Requires-Dist") if one.startswith("trl"))
+    assert 'python_version >= "3.11"' in trl and "TRL 1.16: ≥ 3.11" in requirements
+    assert readme_of(metadata).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def readme_of(metadata):
+    return metadata.get_payload(decode=True).decode("utf-8")
 
 
 def test_the_wheel_installs(built, tmp_path):

@@ -2,7 +2,7 @@
 
 linear_policy_loss gathers a head that is a DTensor, and its gradient is the mean over the ranks, as
 FSDP2 takes it of every parameter: with the loss multiplied by the number of ranks the gradients are
-those of one process.
+those of one process. They are not with PyTorch 2.8, whose gloo sums where it is asked for a mean.
 """
 
 import sys
