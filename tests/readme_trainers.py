@@ -83,7 +83,7 @@ def trl(patch: pytest.MonkeyPatch) -> Namespace:
 
     def fused(*args: Any, **given: Any) -> Any:
         calls["linear_policy_loss"].append(given["weights"])
-        return dl_norm.linear_policy_loss(*args, **given)
+        return linear_policy_loss(*args, **given)
 
     def plain(*args: Any, **given: Any) -> Any:
         calls["policy_loss"].append(given["weights"])
@@ -98,9 +98,9 @@ def trl(patch: pytest.MonkeyPatch) -> Namespace:
         weights = {name: list(seen) for name, seen in calls.items() if seen}
         runs.append((self.args, self.state.log_history[0]["loss"], moved, weights))
 
-    original = dl_norm.policy_loss
+    original, linear_policy_loss = dl_norm.policy_loss, dl_norm.linear_policy_loss
     patch.setattr(dl_norm, "policy_loss", plain)
-    patch.setattr(integration, "linear_policy_loss", fused)
+    patch.setattr(dl_norm, "linear_policy_loss", fused)
     patch.setattr(config, "__init__", lambda self, **o: make_config(self, **small, **o))
     patch.setattr(trainer, "train", remember)
     with tempfile.TemporaryDirectory() as folder, tiny.quiet(), tiny.one_thread():
@@ -115,7 +115,9 @@ def trl(patch: pytest.MonkeyPatch) -> Namespace:
     if "VarianceMonitorCallback" in space:
         callbacks = space["trainer"].callback_handler.callbacks
         assert any(type(callback).__name__ == "VarianceMonitorCallback" for callback in callbacks)
-    assert [args.fused_lm_head for args, *_ in runs] == [space["page"] != "README.md"]
+    assert [args.fused_lm_head for args, *_ in runs] == [
+        space["page"].startswith("dl_norm/integrations")
+    ]
     for args, loss, moved, weights in runs:
         assert math.isfinite(loss) and loss != 0 and moved
         assert args.alpha == 0.75 and args.aggregation == "delta_l"

@@ -1,4 +1,4 @@
-"""The README's table of features: every "yes" of ours names a test that exists, and other claims of
+"""The table of features: every "yes" of ours names a test that exists, and other claims of
 it that can be counted."""
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dl_norm
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-HEADING = "## Beside the others"
+README = (ROOT / "tests" / "FEATURES.md").read_text()
+HEADING = "# Beside the others"
 PEERS = ("TRL", "verl", "Liger-Kernel", "OpenRLHF", "paper's code")
 YES = re.compile(r"\[yes\]\[(?P<name>[\w-]+)\](, .+)?")
 DEFINITION = re.compile(r'^\[(?P<name>[\w-]+)\]: (?P<file>\S+) "(?P<tests>[^"]+)"$', re.MULTILINE)
@@ -77,7 +77,7 @@ def problems(readme: str) -> list[str]:
     found += [f"[{name}] is not defined" for name in used - definitions.keys()]
     found += [f"[{name}] is not used" for name in definitions.keys() - used]
     for name, (file, tests) in definitions.items():
-        path = ROOT / file
+        path = ROOT / "tests" / file
         if path.parent != ROOT / "tests" or not path.is_file():
             found.append(f"[{name}]: there is no file {file}")
             continue
@@ -108,8 +108,8 @@ def test_every_yes_has_its_test() -> None:
         ("test_options[dual_clip]", "test_option[dual_clip]", "there is no test test_option in"),
         ("test_options[dual_clip]", "test_options[quad]", "test_policy_loss.py has no 'quad'"),
         ('test_options[dual_clip]"', 'check"', "there is no test check in"),  # a helper
-        ("[dual-clip]: tests/test_policy", "[dual-clip]: tests/test_", "there is no file tests/"),
-        (HEADING, "## Features", "no table under"),
+        ("[dual-clip]: test_policy", "[dual-clip]: test_", "there is no file test_"),
+        (HEADING, "# Features", "no table under"),
     ],
 )
 def test_the_check_sees(old: str, new: str, message: str) -> None:

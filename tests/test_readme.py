@@ -41,6 +41,9 @@ PAGES = (
     "dl_norm/integrations/README.md",
     "dl_norm/integrations/skyrl.md",
     "dl_norm/weights/README.md",
+    "dl_norm/diagnose/README.md",
+    "bench/README.md",
+    "tests/FEATURES.md",
 )
 BLOCKS = [
     {"page": page, **match.groupdict()}
@@ -95,6 +98,8 @@ def test_contributing_names_every_module() -> None:
     rooms = (
         "dl_norm",
         "dl_norm/integrations",
+        "dl_norm/log_probs",
+        "dl_norm/rows",
         "dl_norm/weights",
         "dl_norm/kernels",
         "bench",
@@ -184,6 +189,15 @@ def prompts(_) -> Namespace:
     space |= {"rewards": torch.tensor([0.0, 1.0, 1.0, 1.0]), "samples": 2}
     yield space
     assert (space["weights"] > 0).tolist() == [True, True, False, False]
+
+
+@namespace
+def surrogate(_) -> Namespace:
+    space = {**tiny_batch(), "dl_norm": dl_norm, "torch": torch}
+    space["weights"] = dl_norm.sequence_weights(space["mask"].sum(-1), max_length=3072)
+    yield space
+    assert space["loss"].isfinite() and "saturated" in space["metrics"].summary()
+    assert "@triton.jit" in space["surrogate"].source()
 
 
 @namespace

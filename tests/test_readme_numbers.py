@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""The figures in README.md are those of the files in bench/results/, which bench/ wrote."""
+"""The figures of the pages are those of the files in bench/results/, which bench/ wrote."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "bench" / "README.md").read_text()
 README = (ROOT / "README.md").read_text()
 
 
@@ -112,6 +113,19 @@ def sentences() -> Iterator[str]:
 
 @pytest.mark.parametrize("expected", [log_prob_lines, head_lines, step_lines, sentences])
 def test_numbers_are_those_measured(expected: Callable[[], Iterator[str]]) -> None:
-    text = " ".join(README.split())
+    text = " ".join(PAGE.split())
     for one in expected():
         assert one in text, one
+
+
+def test_the_first_screen_has_rows_of_that_page() -> None:
+    """Three of them, without the columns of the others."""
+    first = {
+        "log-probs 64×2048, µs": ("64×2048", log_prob_lines),
+        "logits 512×16,384, ms, peak MB": ("logits 512×16,384", head_lines),
+        "hidden states, 40 % filled, ms, peak MB": ("the same, 40 % filled", head_lines),
+    }
+    for label, (of_page, lines) in first.items():
+        (row,) = (line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        (full, *_) = (line for line in lines() if line.startswith(f"| {of_page} |"))
+        assert row.split("|")[2:6] == full.split("|")[2:6]

@@ -276,3 +276,20 @@ def test_a_second_process_finds_the_generated_function(tmp_path):
         kinds.append(run.stdout)
         times.append([path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.py"))])
     assert kinds[0] == kinds[1] and times[0] == times[1] and len(times[0]) == 1
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_named_constant_ratio_losses(impl):
+    """GPG and REINFORCE, -A log pi, and a truncated weight, -sg(min(r, c)) A log pi, are CISPO."""
+    tensors = case("padded")
+    for bounds, function in (
+        ({"eps_low": 0.0, "eps_high": 0.0}, lambda lp, r, a: -a * lp),
+        ({"eps_low": 1.0, "eps_high": 0.0}, lambda lp, r, a: -a * lp * r.clamp(0, 1).detach()),
+        ({"eps_low": 0.9, "eps_high": 9.0}, lambda lp, r, a: -a * lp * r.clamp(0.1, 10).detach()),
+    ):
+        leaf = tensors["log_probs"].double().requires_grad_()
+        ratio = (leaf - tensors["old_log_probs"]).exp()
+        loss = function(leaf, ratio, tensors["advantages"]) * tensors["weights"][:, None]
+        (true,) = torch.autograd.grad(loss[tensors["mask"]].sum(), leaf)
+        _, grad, _ = gradient(dl_norm.policy_loss, tensors, impl=impl, surrogate="cispo", **bounds)
+        assert_near(grad, true)

@@ -149,7 +149,7 @@ def _block_pass(
 
 def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     """The loss (0-dim) and the sums of PolicyLossMetrics (empty without metrics)."""
-    sums = partials.sum(1)
-    if partials.shape[0] > 1 and partials.shape[1]:
-        sums[NUM_METRIC_SUMS] = partials[NUM_METRIC_SUMS].amax()  # the largest ratio
-    return sums[0], sums[1:]
+    sums = partials[1:].sum(1)
+    if sums.numel() and partials.shape[1]:
+        sums[NUM_METRIC_SUMS - 1] = partials[NUM_METRIC_SUMS].amax()  # the largest ratio
+    return partials[0].sum(), sums
