@@ -147,7 +147,7 @@ def run_kernel(function, settings, outputs, inputs, block=256):
 
 
 def run(surrogate, inputs, **options):
-    outputs = 5 + surrogate.num_extras
+    outputs = 5 + len(surrogate.extra_names)
     return run_kernel(surrogate.device(), surrogate.settings(), outputs, inputs, **options)
 
 
@@ -204,7 +204,7 @@ class TestFormulas:
         shapes = {(values.shape, values.dtype) for values in results[:3]}
         assert shapes == {(inputs[0].shape, dtype)}
         assert_agree(results, truth(formula, settings, wide), budget)
-        assert len(surrogate.extra_names) == surrogate.num_extras == len(results) - 5
+        assert len(surrogate.extra_names) == len(surrogate.extra_names) == len(results) - 5
 
     def test_closed_form_compiles(self, formula, settings, inputs):
         torch.compiler.reset()
@@ -638,7 +638,7 @@ def machine_code():
     functions = {"by hand": (clip_by_hand, 3, 5)}
     for formula, settings in FORMULAS:
         made = dl_norm.surrogate(formula, **settings)
-        functions[formula.__name__] = made.device(), len(made.settings()), 5 + made.num_extras
+        functions[formula.__name__] = made.device(), len(made.settings()), 5 + len(made.extra_names)
     report = {}
     for target in codegen.TARGETS:
         for name, (function, settings, outputs) in functions.items():

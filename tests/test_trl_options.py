@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,7 +25,7 @@ from dl_norm.integrations import trl as integration
 from dl_norm.integrations.trl import DeltaLGRPOConfig, DeltaLGRPOTrainer
 from dl_norm.integrations.trl.config import REFUSED, WITHOUT_EFFECT, warnings_of
 from dl_norm.integrations.trl.trainer import logger
-from dl_norm.options import SURROGATES
+from dl_norm.surrogates import SURROGATES
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +320,27 @@ def test_import_with_an_unsupported_trl_says_which(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(ImportError, match=re.escape(f"trl>=1.16,<1.17, but trl {version}")):
         import_again()
+
+
+def squared(log_prob, ratio, advantage):
+    """A token loss of a user's own, with a further quantity."""
+    return -advantage * ratio * ratio, {"ratio_squared": ratio * ratio}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_token_loss_of_the_users_own(model_path, tmp_path, monkeypatch, fused):
+    """By its import path; what it returns beside the loss is logged."""
+    module = ModuleType("my_trl_losses")
+    module.squared = squared
+    monkeypatch.setitem(sys.modules, "my_trl_losses", module)
+    trainer = build(
+        DeltaLGRPOTrainer, model_path, tmp_path,
+        surrogate="my_trl_losses:squared", fused_lm_head=fused, max_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert trainer.state.log_history[0]["ratio_squared"] == pytest.approx(1.0, rel=1e-3)
+    with pytest.raises(ValueError, match=r"epsilon=0.1 has no effect with surrogate="):
+        DeltaLGRPOConfig(str(tmp_path), surrogate="my_trl_losses:squared", epsilon=0.1)
+    with pytest.raises(ValueError, match="there is no module 'nowhere'"):
+        DeltaLGRPOConfig(str(tmp_path), surrogate="nowhere:loss")

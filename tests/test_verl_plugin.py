@@ -21,6 +21,7 @@ import traceback
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -383,10 +384,15 @@ def check_masked() -> None:
     assert loss == 0 and not gradient.any() and not any(metrics.values())
 
 
-def call_loss(config: Any, batch: dict[str, Tensor], mode: str = "seq-mean-token-sum-norm") -> Any:
+def call_loss(
+    config: Any,
+    batch: dict[str, Tensor],
+    mode: str = "seq-mean-token-sum-norm",
+    name: str = "delta_l",
+) -> Any:
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
 
-    return get_policy_loss_fn("delta_l")(
+    return get_policy_loss_fn(name)(
         old_log_prob=batch["old_log_probs"],
         log_prob=batch["log_probs"],
         advantages=batch["advantages"],
@@ -395,6 +401,34 @@ def call_loss(config: Any, batch: dict[str, Tensor], mode: str = "seq-mean-token
         config=config,
         rollout_is_weights=None,
     )
+
+
+def squared(log_prob, ratio, advantage):
+    """A token loss of a user's own, with a further quantity."""
+    return -advantage * ratio * ratio, {"ratio_squared": ratio * ratio}
+
+
+def check_own_loss() -> None:
+    """It is named by its import path, and verl's clip settings are not its."""
+    module = ModuleType("my_losses")
+    module.squared = squared  # type: ignore[attr-defined]
+    sys.modules["my_losses"] = module
+    from dl_norm.integrations import verl as plugin
+
+    plugin.register("delta_l_squared", surrogate="my_losses:squared")
+    from verl.workers.config import ActorConfig
+
+    config = ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    config.global_batch_info.update(dp_size=1, global_batch_size=6, loss_scale_factor=MAX_LENGTH)
+    batch = make_batch(torch.float32)
+    loss, metrics = call_loss(config, batch, name="delta_l_squared")
+    mask = batch["response_mask"]
+    ratio = (batch["log_probs"] - batch["old_log_probs"]).exp()
+    terms = torch.where(mask != 0, -batch["advantages"] * ratio**2, 0.0)
+    plain, _ = call_loss(config, {**batch, "old_log_probs": batch["log_probs"]})
+    one = torch.where(mask != 0, -batch["advantages"], 0.0)
+    torch.testing.assert_close(loss / plain, terms.sum() / one.sum(), rtol=1e-4, atol=1e-6)
+    assert metrics["actor/ratio_squared"] > 0
 
 
 def check_loss_refuses() -> None:
@@ -475,6 +509,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "ppo-loss-bf16": check_ppo_loss_bf16,
     "micro-batches": check_micro_batches,
     "masked": check_masked,
+    "own-loss": check_own_loss,
     "loss-refuses": check_loss_refuses,
     "no-sync": check_no_sync,
 }

@@ -50,14 +50,16 @@ takes the last one for all of them, and these estimators do not.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import dl_norm
 from dl_norm.checks import check_number
+
+from .shared import adapter_loss, checked
 
 _TESTED, _OLDEST, _UNTESTED = "0.9.1", "0.9", "0.10"
 _logger = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ __all__ = [
     "compute_delta_l_rloo_advantage",
     "compute_policy_loss_delta_l",
     "delta_l_factors",
+    "register",
 ]
 
 _PREFIX, _ALPHA = "delta_l", "delta_l_alpha"
@@ -191,6 +194,7 @@ def compute_policy_loss_delta_l(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     r"""verl's clipped policy loss of a micro-batch, by :func:`dl_norm.policy_loss`.
 
@@ -209,6 +213,7 @@ def compute_policy_loss_delta_l(
         config: verl's ActorConfig: ``clip_ratio``, ``clip_ratio_low``, ``clip_ratio_high``,
             ``clip_ratio_c``, and ``global_batch_info`` as verl fills it.
         rollout_is_weights: (B, T) off-policy weights, or None.
+        **options: those given to :func:`register`; verl passes none.
 
     Returns:
         The loss, and the means over this micro-batch's tokens ``actor/pg_clipfrac``,
@@ -234,26 +239,37 @@ def compute_policy_loss_delta_l(
         check_number(info[name], name, f"{name} >= 1", lambda count: count >= 1)
     scale = info["dp_size"] / (info["global_batch_size"] * constant)
     low, high = config.clip_ratio_low, config.clip_ratio_high
-    outputs: Any = dl_norm.policy_loss(
-        log_prob,
-        old_log_prob,
-        advantages,
-        response_mask,
-        torch.full(log_prob.shape[:1], scale, dtype=torch.float32, device=log_prob.device),
-        eps_low=config.clip_ratio if low is None else low,
-        eps_high=config.clip_ratio if high is None else high,
-        dual_clip=config.clip_ratio_c,
-        log_ratio_clamp=_LOG_RATIO_CLAMP,
-        rollout_weights=rollout_is_weights,
-        return_metrics=True,
-    )
-    loss, metrics = outputs
+    clip = {
+        "eps_low": config.clip_ratio if low is None else low,
+        "eps_high": config.clip_ratio if high is None else high,
+        "dual_clip": config.clip_ratio_c,
+    }
+    loss, metrics = adapter_loss(
+        log_prob, old_log_prob, advantages, response_mask, weights=scale, clip=clip,
+        log_ratio_clamp=_LOG_RATIO_CLAMP, rollout_weights=rollout_is_weights, **options,
+    )  # fmt: skip
     tokens = metrics.tokens.clamp(min=1)
     return loss, {
         "actor/pg_clipfrac": (metrics.clipped_low + metrics.clipped_high) / tokens,
         "actor/ppo_kl": metrics.kl_old_k1 / tokens,
         "actor/pg_clipfrac_lower": metrics.clipped_dual / tokens,
+        **{f"actor/{name}": value / tokens for name, value in metrics.extras.items()},
     }
+
+
+def register(name: str, **options: Any) -> None:
+    """Registers ``delta_l`` with other options as verl's policy loss ``name``.
+
+    Call it in a module that VERL_USE_EXTERNAL_MODULES names, and set ``policy_loss.loss_mode`` to
+    ``name``.
+
+    Args:
+        **options: of :func:`dl_norm.policy_loss` that are no tensors, over verl's clip settings:
+            ``surrogate="my_package.losses:my_loss"``, a token loss of your own (verl's clip
+            settings are then left out), or ``ratio_level="sequence"``.
+    """
+    checked(options)
+    register_policy_loss(name)(functools.partial(compute_policy_loss_delta_l, **options))
 
 
 def _max_length(loss_agg_mode: str, loss_scale_factor: float | None) -> float:

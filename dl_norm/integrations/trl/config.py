@@ -55,6 +55,9 @@ WITHOUT_EFFECT = {
     "cispo": ("epsilon", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
     "sapo": ("epsilon", "epsilon_high", "delta"),
 }
+OF_SURROGATES = tuple(
+    dict.fromkeys(sum(WITHOUT_EFFECT.values(), ()))
+)  # without effect on one's own
 
 
 @dataclass
@@ -67,8 +70,9 @@ class DeltaLGRPOConfig(GRPOConfig):
         alpha: exponent of "delta_l", x_i = (1/M) L_i^-alpha / sum_j L_j^-alpha, with
             M = ``max_completion_length``; from 0 to 16. 1 has the least variance, 0 is Dr. GRPO;
             the paper uses 1 and 0.75.
-        surrogate: the token loss, "clip" (default), "cispo" or "sapo". TRL's ``loss_type="cispo"``
-            is aggregation "dapo" with "cispo", ``loss_type="sapo"`` is "grpo" with "sapo". For
+        surrogate: the token loss, "clip" (default), "cispo" or "sapo", or the import path of one of
+            your own, "my_package.losses:my_loss" (see ``dl_norm.surrogate``). TRL's
+            ``loss_type="cispo"`` is aggregation "dapo" with "cispo", ``loss_type="sapo"`` is "grpo" with "sapo". For
             "cispo", ``epsilon_high`` is the upper bound of the ratio itself, as in TRL, and has to
             be set.
         importance_sampling_level: "token", or "sequence" for GSPO, as in TRL.
@@ -93,7 +97,7 @@ class DeltaLGRPOConfig(GRPOConfig):
     )
     surrogate: str = field(
         default="clip",
-        metadata={"help": f"The token loss: {', '.join(SURROGATES)}."},
+        metadata={"help": f"The token loss: {', '.join(SURROGATES)}, or an import path."},
     )
     fused_lm_head: bool = field(
         default=False,
@@ -140,11 +144,17 @@ def policy_loss_options(args: DeltaLGRPOConfig) -> dict[str, Any]:
     }
 
 
+def is_own(surrogate: str) -> bool:
+    """Whether it is the import path of a token loss of the user's own."""
+    return ":" in surrogate
+
+
 def check_options(args: DeltaLGRPOConfig) -> None:
     """Raises TypeError or ValueError for what the loss cannot follow."""
     _check_types(args)
     _check_choice("aggregation", args.aggregation, METHODS)
-    _check_choice("surrogate", args.surrogate, SURROGATES)
+    if not is_own(args.surrogate):
+        _check_choice("surrogate", args.surrogate, SURROGATES)
     _check_loss_type(args)
     _check_aggregation(args)
     _check_token_loss(args)
@@ -257,7 +267,7 @@ def _check_token_loss(args: DeltaLGRPOConfig) -> None:
             "surrogate='cispo' needs epsilon_high, the upper bound of the ratio itself, such "
             "as 5.0: with None TRL would take epsilon"
         )
-    for name in WITHOUT_EFFECT[args.surrogate]:
+    for name in WITHOUT_EFFECT.get(args.surrogate, OF_SURROGATES):
         value = getattr(args, name)
         if value != DEFAULTS[name]:
             raise ValueError(

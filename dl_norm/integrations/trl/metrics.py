@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dl_norm import PolicyLossMetrics
 
+from .config import is_own
+
 # (how values of micro-batches and processes become one, name) -> 0-dim tensor. "token_mean" and
 # "row_mean" are sums to be divided by the number of tokens or sequences.
 Record = dict[tuple[str, str], Tensor]
@@ -32,6 +34,8 @@ def loss_record(
     record: Record = {("size", "tokens"): metrics.tokens}
     if args.beta != 0.0:
         record["token_mean", "kl"] = metrics.kl_ref
+    if is_own(args.surrogate):
+        return record | {("token_mean", name): value for name, value in metrics.extras.items()}
     if args.surrogate == "sapo":
         return record
     sequence_ratio = args.importance_sampling_level == "sequence"
