@@ -50,11 +50,14 @@ def _load_tile(tokens, start, lane, in_bounds):
     counted = in_bounds
     wanted = in_bounds
     if tokens.mask is not None:
-        counted = _load(tokens.mask, start, lane, in_bounds) != 0
+        mask = _load(tokens.mask, start, lane, in_bounds)
+        if mask.dtype.is_fp16() or mask.dtype.is_bf16():
+            mask = mask.to(tl.int16, bitcast=True) & 0x7FFF  # all but the sign
+        counted = mask != 0
         if in_bounds is None:
             # A vector of padding alone is not read. What is asked for must be the same for a whole
             # vector, and be seen to be: else its tokens are read one by one.
-            some = tl.max(counted.to(tl.int32), axis=1, keep_dims=True) > 0
+            some = tl.max(counted.to(tl.int32), axis=0, keep_dims=True) > 0
             wanted = some.broadcast_to(lane.shape)
     elif in_bounds is None:
         counted = tl.full(lane.shape, True, tl.int1)
@@ -88,17 +91,16 @@ def _first_sequence(CU_SEQLENS, start, T, G):
 
 
 @triton.jit
-def _sequences_later(CU_SEQLENS, seq, end, lane, anchor, start, T, G):
+def _sequences_later(CU_SEQLENS, seq, end, lane, start, T, G):
     """How many sequences after ``seq``, which ends at ``end``, each token's sequence is."""
     BLOCK: tl.constexpr = lane.numel
     end = (end - start).to(tl.int32)
     if CU_SEQLENS is None:
         length = tl.minimum(T, BLOCK).to(tl.int32)
-        return tl.where(lane < end, 0, 1 + (lane - end) // length)
+        later = tl.where(lane < end, 0, 1 + (lane - end) // length)
+        return tl.minimum(later, tl.minimum(G - 1 - seq, BLOCK).to(tl.int32))
     else:
-        # No lane is negative. But together with what was loaded of the tokens, the numbers are held
-        # by the threads that hold the tokens, and need not go to them through shared memory.
-        later = tl.where((lane < 0) & anchor, 1, 0)
+        later = tl.zeros(lane.shape, tl.int32)
         while (end < BLOCK) & (seq + 1 < G):
             seq += 1
             later += tl.where(lane < end, 0, 1)
@@ -119,32 +121,29 @@ def _of_sequence(PTR, seq, later, lane):
 
 @triton.jit
 def _sums(values):
-    """The sums over a tile of the first eight values of its tokens, in one reduction: that of one
-    value takes as many barriers."""
-    even = tl.join(
-        tl.join(tl.sum(values[0], axis=1), tl.sum(values[4], axis=1)),
-        tl.join(tl.sum(values[2], axis=1), tl.sum(values[6], axis=1)),
-    )
-    odd = tl.join(
-        tl.join(tl.sum(values[1], axis=1), tl.sum(values[5], axis=1)),
-        tl.join(tl.sum(values[3], axis=1), tl.sum(values[7], axis=1)),
-    )
-    sums = tl.sum(tl.join(even, odd).reshape(values[0].shape[0], 8), axis=0)
-    even, odd = sums.reshape(4, 2).split()
-    sum04, sum26 = even.reshape(2, 2).split()
-    sum15, sum37 = odd.reshape(2, 2).split()
-    sum0, sum4 = sum04.split()
-    sum1, sum5 = sum15.split()
-    sum2, sum6 = sum26.split()
-    sum3, sum7 = sum37.split()
-    return sum0, sum1, sum2, sum3, sum4, sum5, sum6, sum7
+    """(8,) sums over a tile of the first eight values of its tokens. In one reduction they take as
+    many barriers as one sum."""
+    row = tl.arange(0, 8)[:, None]
+    of_vectors = tl.zeros([8, values[0].shape[1]], tl.float32)
+    for k in tl.static_range(8):
+        of_vectors = tl.where(row == k, tl.sum(values[k], axis=0)[None, :], of_vectors)
+    return tl.sum(of_vectors, axis=1)
+
+
+@triton.jit
+def _element(values, k):
+    """values[k]. As integers, because x + 0 is x for the compiler only there."""
+    bits = values.to(tl.int32, bitcast=True)
+    bits = tl.sum(tl.where(tl.arange(0, values.numel) == k, bits, 0), axis=0)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _max(values):
     """Of numbers that are not negative: their bits have the same order, and the maximum of integers
     takes a warp one instruction."""
-    return tl.max(values.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    bits = tl.max(values.to(tl.int32, bitcast=True), axis=0)
+    return tl.max(bits, axis=0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -196,12 +195,13 @@ def _tile_loss(
         _store_tile(GRAD, start, lane, remaining, grad)
     PARTIAL = PARTIALS + tl.program_id(0)
     programs = tl.num_programs(0).to(tl.int64)
-    tl.store(PARTIAL, tl.where(spans, tl.sum(loss), float("nan")))
+    tl.store(PARTIAL, tl.where(spans, tl.sum(tl.sum(loss, axis=0), axis=0), float("nan")))
     if METRICS:
         values = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)
-        sums = _sums(values) + (_max(values[8]),)
-        for k in tl.static_range(NUM_METRICS):
-            tl.store(PARTIAL + (1 + k) * programs, sums[k])
+        sums = _sums(values)
+        for k in tl.static_range(NUM_METRICS - 1):
+            tl.store(PARTIAL + (1 + k) * programs, _element(sums, k))
+        tl.store(PARTIAL + NUM_METRICS * programs, _max(values[NUM_METRICS - 1]))
         for k in tl.static_range(NUM_EXTRAS):
             extra = tl.sum(tl.where(counted, extras[k], 0.0))
             tl.store(PARTIAL + (1 + NUM_METRICS + k) * programs, extra)
@@ -256,7 +256,9 @@ def policy_loss_fwd_kernel(
     sequence's, and the derivative through it the same for each of its tokens.
     """
     BLOCK: tl.constexpr = GROUPS * VECTOR
-    lane = tl.arange(0, GROUPS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # A vector is a column, so that threads hold whole vectors also of what is not loaded: what a
+    # thread needs of a token goes through no shared memory.
+    lane = tl.arange(0, VECTOR)[:, None] + tl.arange(0, GROUPS)[None, :] * VECTOR
     start = tl.program_id(0).to(tl.int64) * BLOCK
     remaining = tl.minimum(N - start, BLOCK).to(tl.int32)
     if remaining == BLOCK:
@@ -279,10 +281,7 @@ def policy_loss_fwd_kernel(
             surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL, METRICS, NUM_EXTRAS,
         )  # fmt: skip
     else:
-        anchor = loaded[0]
-        if tokens.mask is None and tokens.old_log_probs is not None:
-            anchor = loaded[2] > 0
-        later = _sequences_later(CU_SEQLENS, seq, end, lane, anchor, start, T, G)
+        later = _sequences_later(CU_SEQLENS, seq, end, lane, start, T, G)
         _tile_loss(
             loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
             surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL, METRICS, NUM_EXTRAS,

@@ -138,7 +138,9 @@ def aligned(values: Tensor | None, count: int) -> Tensor | None:
 
 def _of_tokens(batch: Batch, tokens: int) -> TokenStreams:
     def per_token(values: Tensor | None) -> Tensor | None:
-        return values if values is not None and batch.is_per_token(values) else None
+        # Where T = 1 a value per sequence is one per token as well, but of another kernel.
+        of_sequences = values is None or values.shape == (batch.weights.shape[0], 1)
+        return None if of_sequences else values
 
     return TokenStreams(
         aligned(batch.log_probs, tokens),
