@@ -73,8 +73,8 @@ class DeltaLGRPOConfig(GRPOConfig):
         surrogate: the token loss, "clip" (default), "cispo" or "sapo", or the import path of one of
             your own, "my_package.losses:my_loss" (see ``dl_norm.surrogate``). TRL's
             ``loss_type="cispo"`` is aggregation "dapo" with "cispo", ``loss_type="sapo"`` is "grpo"
-            with "sapo". For "cispo", ``epsilon_high`` is the upper bound of the ratio itself, as in TRL, and has to
-            be set.
+            with "sapo". For "cispo", ``epsilon_high`` is the upper bound of the ratio itself, as in
+            TRL, and has to be set.
         importance_sampling_level: "token", or "sequence" for GSPO, as in TRL.
         fused_lm_head: compute the loss and its gradient from the last hidden states, a chunk of
             tokens at a time, so that there are never full logits (``dl_norm.linear_policy_loss``).
