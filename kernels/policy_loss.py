@@ -38,15 +38,17 @@ def _load(PTR, start, lane, wanted):
 
 @triton.jit
 def _load_float(PTR, start, lane, wanted):
+    # Not None where there is none: Triton 3.6 returns no None within a tuple.
     if PTR is None:
-        return None
+        return tl.zeros(lane.shape, tl.float32)
     else:
         return _load(PTR, start, lane, wanted).to(tl.float32)
 
 
 @triton.jit
 def _load_tile(tokens, start, lane, in_bounds):
-    """Which tokens count, and the streams of numbers. ``in_bounds`` None: the whole tile is."""
+    """Which tokens count, and the streams of numbers, 0 where there is none. ``in_bounds`` None: the
+    whole tile is."""
     counted = in_bounds
     wanted = in_bounds
     if tokens.mask is not None:
@@ -110,10 +112,8 @@ def _sequences_later(CU_SEQLENS, seq, end, lane, start, T, G):
 
 @triton.jit
 def _of_sequence(PTR, seq, later, lane):
-    """The value of each token's sequence: ``seq``, or so many ``later``; or None."""
-    if PTR is None:
-        return None
-    elif later is None:
+    """The value of each token's sequence: ``seq``, or so many ``later``."""
+    if later is None:
         return tl.full(lane.shape, tl.load(PTR + seq).to(tl.float32), tl.float32)
     else:
         return tl.load(PTR + seq + later).to(tl.float32)
@@ -148,7 +148,7 @@ def _max(values):
 
 @triton.jit
 def _tile_loss(
-    loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS, surrogate,
+    tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS, surrogate,
     log_ratio_clamp, beta, BIAS_CORRECTED_KL: tl.constexpr, METRICS: tl.constexpr,
     NUM_EXTRAS: tl.constexpr,
 ):  # fmt: skip
@@ -156,15 +156,18 @@ def _tile_loss(
     WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS = of_sequences
     counted, log_prob, old_log_prob, ref_log_prob, advantage, policy_weight = loaded
     weight = _of_sequence(WEIGHTS, seq, later, lane)
-    if advantage is None:
+    if tokens.advantages is None:
         advantage = _of_sequence(ADVANTAGES, seq, later, lane)
-    if policy_weight is None:
-        policy_weight = _of_sequence(POLICY_WEIGHTS, seq, later, lane)
+    if tokens.policy_weights is None:
+        policy_weight = None
+        if POLICY_WEIGHTS is not None:
+            policy_weight = _of_sequence(POLICY_WEIGHTS, seq, later, lane)
 
-    raw = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
-    if raw is None:
-        if old_log_prob is not None:
-            raw = log_prob - old_log_prob
+    raw = None
+    if LOG_RATIO_MEANS is not None:
+        raw = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
+    elif tokens.old_log_probs is not None:
+        raw = log_prob - old_log_prob
     if raw is None:
         log_ratio = tl.zeros(lane.shape, tl.float32)
         ratio = log_ratio + 1.0
@@ -175,7 +178,7 @@ def _tile_loss(
         surrogate, log_prob, ratio, outside, advantage, policy_weight
     )
     kl = tl.zeros(lane.shape, tl.float32)
-    if ref_log_prob is not None:
+    if tokens.ref_log_probs is not None:
         kl, kl_grad = token_kl(log_prob, ref_log_prob)
         if BIAS_CORRECTED_KL:
             kl *= ratio
@@ -277,13 +280,13 @@ def policy_loss_fwd_kernel(
     if (end >= start + BLOCK) | (seq + 1 >= G):
         # One sequence: what is the same for all its tokens is computed once a thread.
         _tile_loss(
-            loaded, of_sequences, seq, None, start, lane, remaining, spans, GRAD, PARTIALS,
+            tokens, loaded, of_sequences, seq, None, start, lane, remaining, spans, GRAD, PARTIALS,
             surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL, METRICS, NUM_EXTRAS,
         )  # fmt: skip
     else:
         later = _sequences_later(CU_SEQLENS, seq, end, lane, start, T, G)
         _tile_loss(
-            loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
+            tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
             surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL, METRICS, NUM_EXTRAS,
         )  # fmt: skip
 
