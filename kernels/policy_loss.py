@@ -120,22 +120,18 @@ def _of_sequence(PTR, seq, later, lane):
 
 
 @triton.jit
-def _sums(values):
-    """(8,) sums over a tile of the first eight values of its tokens. In one reduction they take as
-    many barriers as one sum."""
+def _store_sums(PARTIAL, programs, values):
+    """Stores the sums over a tile of the first eight values of its tokens, one a row. In one
+    reduction they take as many barriers as one sum. The thread of the first vector stores them, as
+    every thread has them all."""
+    groups: tl.constexpr = values[0].shape[1]
     row = tl.arange(0, 8)[:, None]
-    of_vectors = tl.zeros([8, values[0].shape[1]], tl.float32)
+    column = tl.arange(0, groups)[None, :]
+    of_vectors = tl.zeros([8, groups], tl.float32)
     for k in tl.static_range(8):
         of_vectors = tl.where(row == k, tl.sum(values[k], axis=0)[None, :], of_vectors)
-    return tl.sum(of_vectors, axis=1)
-
-
-@triton.jit
-def _element(values, k):
-    """values[k]. As integers, because x + 0 is x for the compiler only there."""
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.sum(tl.where(tl.arange(0, values.numel) == k, bits, 0), axis=0)
-    return bits.to(tl.float32, bitcast=True)
+    sums = tl.sum(of_vectors, axis=1, keep_dims=True).broadcast_to(8, groups)
+    tl.store(PARTIAL + (row * programs + column), sums, mask=column == 0)
 
 
 @triton.jit
@@ -201,9 +197,7 @@ def _tile_loss(
     tl.store(PARTIAL, tl.where(spans, tl.sum(tl.sum(loss, axis=0), axis=0), float("nan")))
     if METRICS:
         values = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)
-        sums = _sums(values)
-        for k in tl.static_range(NUM_METRICS - 1):
-            tl.store(PARTIAL + (1 + k) * programs, _element(sums, k))
+        _store_sums(PARTIAL + programs, programs, values)
         tl.store(PARTIAL + NUM_METRICS * programs, _max(values[NUM_METRICS - 1]))
         for k in tl.static_range(NUM_EXTRAS):
             extra = tl.sum(tl.where(counted, extras[k], 0.0))

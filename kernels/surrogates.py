@@ -61,7 +61,8 @@ def clamped_ratio(raw, log_ratio_clamp):
 
     Returns clamped log-ratio, ratio, outside (of the clamp: no derivative).
     """
-    log_ratio = tl.clamp(raw, -log_ratio_clamp, log_ratio_clamp, tl.PropagateNan.ALL)
+    log_ratio = tl.maximum(raw, -log_ratio_clamp, tl.PropagateNan.ALL)
+    log_ratio = tl.minimum(log_ratio, log_ratio_clamp, tl.PropagateNan.ALL)
     return log_ratio, tl.exp(log_ratio), tl.abs(raw) > log_ratio_clamp
 
 
