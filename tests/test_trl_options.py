@@ -241,18 +241,25 @@ def test_moving_from_a_loss_type_takes_one_error(config):
 
 
 SEQUENCE = dict(importance_sampling_level="sequence")
+BY_LENGTH = "weights each sequence by its completion length. For"
 
 
 @pytest.mark.parametrize(
     ("options", "warning"),
     [
-        (dict(aggregation="dapo", **SEQUENCE), "each sequence is weighted by its length. For"),
-        (dict(aggregation="dr_grpo", **SEQUENCE), "each sequence is weighted by its length. For"),
+        (
+            dict(aggregation="dapo", **SEQUENCE),
+            BY_LENGTH,
+        ),
+        (
+            dict(aggregation="dr_grpo", **SEQUENCE),
+            BY_LENGTH,
+        ),
         (
             dict(aggregation="dapo", surrogate="cispo", epsilon_high=5.0, **SEQUENCE),
-            "each sequence is weighted by its length. For",
+            BY_LENGTH,
         ),
-        (dict(alpha=0.75, **SEQUENCE), "by its length to the power 0.25"),
+        (dict(alpha=0.75, **SEQUENCE), "by its completion length to the power 0.25"),
         (dict(aggregation="luspo"), "'luspo' belongs to importance_sampling_level='sequence'"),
         (dict(aggregation="luspo", **SEQUENCE), None),
         (dict(aggregation="grpo", **SEQUENCE), None),

@@ -173,11 +173,11 @@ def warnings_of(args: DeltaLGRPOConfig) -> list[str]:
     sequence_ratio = args.importance_sampling_level == "sequence"
     power = {"dapo": 1.0, "dr_grpo": 1.0, "delta_l": 1.0 - args.alpha}.get(args.aggregation, 0.0)
     if sequence_ratio and power:
-        length = "its length" if power == 1.0 else f"its length to the power {power:g}"
+        length = "its completion length" + (f" to the power {power:g}" if power != 1.0 else "")
         warnings.append(
             f"aggregation={args.aggregation!r} sums over the tokens of a sequence. With "
-            f"importance_sampling_level='sequence' they all have the ratio of the sequence, so "
-            f"each sequence is weighted by {length}. For the GSPO paper's setup, in which all "
+            "importance_sampling_level='sequence' they all have the ratio of the sequence, so that "
+            f"the sum weights each sequence by {length}. For the GSPO paper's setup, in which all "
             "sequences weigh the same, use aggregation='grpo' (or 'delta_l' with alpha=1)."
         )
     if args.aggregation == "luspo" and not sequence_ratio:
