@@ -3,6 +3,7 @@
 #
 #   bash ci/test.sh            about ten minutes on two CPU cores after the install
 #   bash ci/test.sh -k metrics arguments go to pytest
+#   bash ci/test.sh --compiled the suite over compiled kernels instead, see ci/compiled.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ci/env.sh
@@ -10,7 +11,9 @@ help_if_asked "$@"
 ensure_env "dev,quickstart"
 bash ci/verl_env.sh
 bash ci/trainers_env.sh
+if [ "${1:-}" = --compiled ]; then exec bash ci/compiled.sh "${@:2}"; fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pyright
 "$PYTHON" -m pytest -q "$@"
+[ $# -gt 0 ] || bash ci/compiled.sh --fast

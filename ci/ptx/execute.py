@@ -41,7 +41,7 @@ class Kernel:
 
 def class_of(instruction: Instruction) -> str:
     name, modifiers = instruction.name, instruction.modifiers
-    if name in ("ld", "st", "stmatrix"):
+    if name in ("ld", "st", "ldmatrix", "stmatrix"):
         if "param" in modifiers:
             return "param"
         return f"{'shared' if 'shared' in modifiers else 'global'} {name[:2]}"
@@ -258,7 +258,7 @@ class Chunk:
         if at.size == 0:
             return [np.zeros(1, access.element)] * access.count
         words = np.empty(at.size, f"V{access.width}")
-        for part, memory, offsets in self.find(access, at, chosen, "load"):
+        for part, memory, offsets in self.find(access, at, chosen, None):
             found = memory.load(offsets, access.width)
             if found is None:
                 name = "shared memory" if access.space == "shared" else self.name_of(memory)
@@ -281,20 +281,18 @@ class Chunk:
         for k, value in enumerate(values):
             elements[:, k] = value if chosen is None or value.size == 1 else value[chosen]
         words = elements.view(f"V{access.width}")[:, 0]
-        for part, memory, offsets in self.find(access, at, chosen, "store"):
+        for part, memory, offsets in self.find(access, at, chosen, words):
             if not memory.store(offsets, access.width, words[part]):
                 self.fail(f"store to the input {self.name_of(memory)}", access.instruction)
 
-    def store_matrix(self, access: MemoryAccess, at: np.ndarray, values: list) -> None:
+    def matrix_rows(self, access: MemoryAccess, at: np.ndarray, count: int) -> list[np.ndarray]:
         """Matrices of 8 rows of 16 bytes: thread t says where row t % 8 of matrix t / 8 lies, and
-        of every matrix it holds 4 bytes, number t % 4 of row t / 4."""
-        rows = self.by_warp(at)
-        if (rows[:, : 8 * len(values)] % 16).any():
+        of every matrix it holds 4 bytes, number t % 4 of row t / 4. Where those are."""
+        rows = self.by_warp(at)[:, : 8 * count]
+        if (rows % 16).any():
             self.fail("misaligned row of a matrix", access.instruction)
         lane = np.arange(32)
-        for k, value in enumerate(values):
-            where = rows[:, 8 * k + lane // 4] + lane % 4 * 4
-            self.store(access, where.reshape(-1), None, [value])
+        return [(rows[:, 8 * k + lane // 4] + lane % 4 * 4).reshape(-1) for k in range(count)]
 
     def choose(
         self, access: MemoryAccess, at: np.ndarray, flags: np.ndarray | None
@@ -307,8 +305,9 @@ class Chunk:
         chosen = np.flatnonzero(flags) if flags.size > 1 else NOBODY
         return chosen, at if at.size == 1 and chosen.size else at[chosen]
 
-    def find(self, access: MemoryAccess, at: np.ndarray, chosen: Lanes, kind: str):
+    def find(self, access: MemoryAccess, at: np.ndarray, chosen: Lanes, stored: np.ndarray | None):
         """Checks and notes an access: which part of it goes to which memory, and where there."""
+        kind = "load" if stored is None else "store"
         count = self.active if chosen is None else chosen.size
         if access.space == "shared":
             limit = self.kernel.shared_bytes
@@ -329,7 +328,8 @@ class Chunk:
             memory.log.append(
                 Access(
                     offsets, access.width, numbers[part] if at.size > 1 else numbers,
-                    int(self.ctas[0]) * self.threads, self.epochs.copy(), kind == "store",
+                    int(self.ctas[0]) * self.threads, self.epochs.copy(),
+                    None if stored is None else stored[part],
                     access.instruction,
                 )
             )  # fmt: skip

@@ -41,6 +41,8 @@ min3                    | TTT>T   | minimum(minimum({0}, {1}), {2})
 max3                    | TTT>T   | maximum(maximum({0}, {1}), {2})
 min.NaN                 | TT>T    | np.minimum({0}, {1})
 max.NaN                 | TT>T    | np.maximum({0}, {1})
+min.NaN.xorsign.abs     | TT>T    | xorsign(np.minimum, {0}, {1})
+max.NaN.xorsign.abs     | TT>T    | xorsign(np.maximum, {0}, {1})
 and                     | TT>T    | {0} & {1}
 or                      | TT>T    | {0} | {1}
 xor                     | TT>T    | {0} ^ {1}
@@ -205,6 +207,12 @@ def maximum(a, b):
         return np.maximum(a, b)
     bits = f"u{a.dtype.itemsize}"
     return np.where(a == b, (a.view(bits) & b.view(bits)).view(a.dtype), np.fmax(a, b))
+
+
+def xorsign(pick, a, b):
+    """Of the absolute values; negative where one of the two is."""
+    size = pick(np.abs(a), np.abs(b))
+    return np.where(np.signbit(a) ^ np.signbit(b), -size, size)
 
 
 def int_div(a, b):

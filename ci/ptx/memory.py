@@ -87,7 +87,7 @@ class Access(NamedTuple):
     threads: np.ndarray  # their numbers in the chunk
     first: int  # what to add for those in the grid
     epochs: np.ndarray
-    store: bool
+    stored: np.ndarray | None  # the words, of a store
     instruction: Instruction
 
 
@@ -181,9 +181,10 @@ def _find_fresh(fresh: np.ndarray, data: np.ndarray, argument: Argument) -> None
 
 def check_races(memory: Memory, threads: int, place: str) -> None:
     """Raises if two threads touched the same bytes, one of them writing, with nothing in between
-    that orders them: a barrier, in one CTA; nothing does for two CTAs."""
+    that orders them: a barrier, in one CTA; nothing does for two CTAs. Threads of a CTA may write
+    the same value: so they do where all of them hold it."""
     log = memory.log
-    if not any(access.store for access in log):
+    if all(access.stored is None for access in log):
         return
     # A row for each thread of each access, then one for each unit of bytes that it touched.
     number = np.repeat(np.arange(len(log)), [access.threads.size for access in log])
@@ -202,7 +203,7 @@ def check_races(memory: Memory, threads: int, place: str) -> None:
     row, touched = row[order], touched[order]
     thread, epoch, number = thread[row], epoch[row], number[row]
     cta = thread // threads
-    write = np.array([access.store for access in log])[number]
+    write = np.array([access.stored is not None for access in log])[number]
     new = np.diff(touched, prepend=-1) != 0
     for kind, who, starts in (
         ("between CTAs", cta, new),
@@ -212,6 +213,12 @@ def check_races(memory: Memory, threads: int, place: str) -> None:
         first = np.flatnonzero(starts)
         several = np.minimum.reduceat(who, first) != np.maximum.reduceat(who, first)
         bad = np.flatnonzero(several & np.logical_or.reduceat(write, first))
+        if bad.size and who is thread:
+            stored = np.concatenate([_stored(access, unit) for access in log])[order]
+            same = np.append(True, (stored[1:] == stored[:-1]).all(axis=1))
+            same[first] = True
+            harmless = np.logical_and.reduceat(write & same, first)
+            bad = bad[~harmless[bad]]
         if bad.size:
             found = slice(first[bad[0]], np.append(first, row.size)[bad[0] + 1])
             guilty = {str(log[n].instruction) for n in number[found].tolist()}
@@ -220,3 +227,10 @@ def check_races(memory: Memory, threads: int, place: str) -> None:
                 f"race {kind}: {bad.size} times in {place}, first at byte "
                 f"{int(touched[found][0]) * unit}, threads {some}: {' and '.join(sorted(guilty))}"
             )
+
+
+def _stored(access: Access, unit: int) -> np.ndarray:
+    """A row of bytes for each unit that each thread touched."""
+    if access.stored is None:
+        return np.zeros((access.threads.size * access.width // unit, unit), "u1")
+    return np.ascontiguousarray(access.stored).view("u1").reshape(-1, unit)

@@ -92,7 +92,8 @@ def parse(ptx: str) -> Program:
                 where = f"{files.get(location[1], '?')}:{location[2]}"
             elif declared := re.fullmatch(r"\.reg \.(\w+)\s+%(\w+)<\d+>", statement):
                 registers[declared[2]] = WIDTHS[declared[1]]
-            elif not statement.startswith((".pragma", ".loc")):
+            # What is declared for local memory is often not used; if it is, that is unknown.
+            elif not re.match(r"\.(pragma|loc)|\.reg \.b\d+\s+%SP", statement):
                 instruction = _instruction(statement, where)
                 blocks[-1].instructions.append(instruction)
                 if instruction.name in TERMINATORS and instruction.modifiers[:1] != ("warp",):

@@ -340,22 +340,32 @@ class _Writer:
 
     def _stmatrix(self, instruction: Instruction) -> None:
         address, sources = instruction.operands
-        if (
-            instruction.predicate
-            or not isinstance(sources, list)
-            or instruction.opcode != (f"stmatrix.sync.aligned.m8n8.x{len(sources)}.shared.b16")
-        ):
+        access, rows = self.matrices(instruction, address, sources)
+        for k, source in enumerate(sources):
+            value = self.use(source, "u4")
+            self.lines.append(f" s.store({access}, {rows}[{k}], None, [{value}])")
+
+    def _ldmatrix(self, instruction: Instruction) -> None:
+        targets, address = instruction.operands
+        access, rows = self.matrices(instruction, address, targets)
+        for k, target in enumerate(targets):
+            self.assign(instruction, target, f"s.load({access}, {rows}[{k}], None)[0]", "u4")
+
+    def matrices(self, instruction: Instruction, address, registers) -> tuple[str, str]:
+        """Names of the access and of the addresses of each matrix's part in a register."""
+        opcode = f"sync.aligned.m8n8.x{len(registers)}.shared.b16"
+        if instruction.predicate or ".".join(instruction.modifiers) != opcode:
             raise _unknown(instruction)
         access, where = self.access(instruction, address)
-        values = [self.use(source, "u4") for source in sources]
-        self.lines.append(f" s.store_matrix({access}, {where}, [{', '.join(values)}])")
+        self.lines.append(f" rows = s.matrix_rows({access}, {where}, {len(registers)})")
+        return access, "rows"
 
     def access(self, instruction: Instruction, address: Operand) -> tuple[str, str]:
         """Names of the access and its addresses."""
         space = next((m for m in instruction.modifiers if m in SPACES), None)
         vector = [int(m[1:]) for m in instruction.modifiers if m in ("v2", "v4", "v8")]
         *others, kind = instruction.modifiers
-        if instruction.name == "stmatrix":
+        if instruction.name in ("stmatrix", "ldmatrix"):
             others, kind, vector = [], "b32", []  # one part of a matrix at a time
         if (
             space is None or kind not in TYPES or not isinstance(address, Address)
