@@ -47,8 +47,8 @@ def _load_float(PTR, start, lane, wanted):
 
 @triton.jit
 def _load_tile(tokens, start, lane, in_bounds):
-    """Which tokens count, and the streams of numbers, 0 where there is none. ``in_bounds`` None: the
-    whole tile is."""
+    """Which tokens count, and the streams of numbers; of one that is not there, 0. ``in_bounds``
+    None: the whole tile is."""
     counted = in_bounds
     wanted = in_bounds
     if tokens.mask is not None:
@@ -144,8 +144,8 @@ def _max(values):
 
 @triton.jit
 def _tile_loss(
-    tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS, surrogate,
-    log_ratio_clamp, beta, BIAS_CORRECTED_KL: tl.constexpr, METRICS: tl.constexpr,
+    tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
+    surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL: tl.constexpr, METRICS: tl.constexpr,
     NUM_EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a tile and its column of PARTIALS."""
