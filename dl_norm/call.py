@@ -8,7 +8,7 @@ import torch
 
 from .batch import Batch, make_batch
 from .checks import LOG_PROB_DTYPES, check_no_transform
-from .options import TokenLoss, make_token_loss
+from .options import TokenLoss, token_loss_of
 
 # The arguments that are tensors.
 TENSORS = tuple(inspect.signature(make_batch).parameters)
@@ -25,7 +25,7 @@ def make_call(
     The reference's log-probs are left out where nothing reads them.
     """
     check_no_transform("policy_loss")
-    terms = make_token_loss(**token_options(arguments))
+    terms = token_loss_of(token_options(arguments))
     tensors = {name: value for name, value in arguments.items() if name in TENSORS}
     batch = make_batch(**tensors, dtypes=dtypes)
     if terms.beta and batch.ref_log_probs is None:

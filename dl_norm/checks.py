@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -110,19 +111,28 @@ def check_no_transform(name: str) -> None:
         )
 
 
-def check_single_gradient(name: str, grad_output: Tensor) -> None:
-    """Refuses what a backward pass that scales a stored gradient cannot do."""
+def check_first_derivative(name: str) -> None:
+    """Refuses a second derivative of a gradient that is computed in the forward pass."""
     # Gradients are enabled in a backward pass exactly when create_graph=True asks for them.
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} has no second derivative: its gradient is computed in the forward pass. Use "
             "dl_norm.reference.policy_loss of the log-probs with create_graph=True"
         )
-    if not torch.compiler.is_compiling() and "Batched" in str(torch._C._dispatch_keys(grad_output)):
+
+
+@contextmanager
+def one_gradient(name: str, grad_output: Tensor) -> Iterator[None]:
+    """Says in words what a backward pass that scales a stored gradient cannot do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batched" not in str(torch._C._dispatch_keys(grad_output)):
+            raise
         raise RuntimeError(
             f"{name} takes one gradient at a time, not is_grads_batched=True: it scales the "
             "stored gradient. Use dl_norm.reference.policy_loss"
-        )
+        ) from error
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from .checks import check_choice, check_flag, check_number
 from .metrics import NUM_METRIC_SUMS
@@ -69,6 +71,21 @@ def make_token_loss(
         beta,
         bias_corrected_kl,
     )
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _known_token_loss(**options) -> TokenLoss:
+    return make_token_loss(**options)
+
+
+def token_loss_of(options: dict) -> TokenLoss:
+    """:func:`make_token_loss` of options that, in a training run, are the same in every step."""
+    if torch.compiler.is_compiling():
+        return make_token_loss(**options)
+    try:
+        return _known_token_loss(**options)
+    except TypeError:  # not hashable, or of a wrong type, which this says
+        return make_token_loss(**options)
 
 
 def surrogate_of(options: dict) -> Surrogate:

@@ -136,7 +136,8 @@ def _metrics(
     weights: Tensor,
 ) -> PolicyLossMetrics:
     with torch.no_grad():
-        low, high, *_ = terms.kind.counted(log_prob, ratio, advantage, *terms.settings)
+        flags = terms.kind.counted(log_prob, ratio, advantage, *terms.settings)
+        low, high = (flag != 0 for flag in flags[:2])
         positive, negative = counted & (advantage > 0), counted & (advantage < 0)
         sums = [
             counted, low & (positive | negative), high & positive, high & negative, ratio,

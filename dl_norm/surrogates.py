@@ -200,7 +200,8 @@ class Clip(Surrogate, kind="clip"):
     @classmethod
     def counted(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
         low, high = cls.bounds(advantage, *settings)
-        return ratio < low, ratio > high
+        # As numbers, which a CPU multiplies and adds several times faster than flags.
+        return ratio.clone().lt_(low), ratio.clone().gt_(high)
 
     @staticmethod
     def device() -> JITFunction:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..checks import check_single_gradient, has_no_values
+from ..checks import check_first_derivative, has_no_values, one_gradient
 from ..operators import operator
 from ..options import TokenLoss
 from . import closed_form
@@ -72,7 +72,7 @@ class PolicyLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_loss = grad_outputs[0]  # the metrics have no gradient
-        check_single_gradient("policy_loss", grad_loss)
+        check_first_derivative("policy_loss")
         (grad,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return closed_form.policy_loss_bwd(grad, grad_loss, ctx.dtype), *(None,) * 5
@@ -83,5 +83,6 @@ class PolicyLossFunction(torch.autograd.Function):
                 'or use impl="torch".'
             )
         ctx.scaled = True
-        grad = implementation(ctx.impl).policy_loss_bwd(grad, grad_loss, ctx.dtype)
+        with one_gradient("policy_loss", grad_loss):
+            grad = implementation(ctx.impl).policy_loss_bwd(grad, grad_loss, ctx.dtype)
         return grad, *(None,) * 5

@@ -6,10 +6,12 @@ torch.compile the forward pass is one opaque operator.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from ..checks import check_single_gradient, has_no_values
+from ..checks import check_first_derivative, has_no_values, one_gradient
 from ..operators import operator
 from .chunks import ChunkOptions
 from .passes import Forward, linear_forward, log_probs_forward, logits_forward, scale_grad
@@ -124,8 +126,8 @@ def _(
     return log_probs, entropies
 
 
-def _check_backward(ctx, name: str, grad_output: Tensor) -> None:
-    check_single_gradient(name, grad_output)
+def _check_backward(ctx, name: str) -> None:
+    check_first_derivative(name)
     if torch.compiler.is_compiling():
         return  # there nothing is scaled in place
     if ctx.scaled:
@@ -134,6 +136,11 @@ def _check_backward(ctx, name: str, grad_output: Tensor) -> None:
             f"place. Call {name} again, or add the losses before one backward."
         )
     ctx.scaled = True
+
+
+def _one_gradient(name: str, grad_output: Tensor) -> AbstractContextManager:
+    # What is traced has no exceptions to translate.
+    return nullcontext() if torch.compiler.is_compiling() else one_gradient(name, grad_output)
 
 
 def _save(ctx, outputs: Forward, grads: tuple[Tensor, ...], impl: str):
@@ -174,10 +181,11 @@ class LogitsPolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        _check_backward(ctx, "logits_policy_loss", grad_outputs[0])
+        _check_backward(ctx, "logits_policy_loss")
         half, grad = ctx.saved_tensors
         # The other outputs have no gradient.
-        grad = scale_grad(grad, grad_outputs[0], half, grad.dtype, ctx.impl)
+        with _one_gradient("logits_policy_loss", grad_outputs[0]):
+            grad = scale_grad(grad, grad_outputs[0], half, grad.dtype, ctx.impl)
         return grad, *(None,) * 5
 
 
@@ -209,10 +217,11 @@ class LinearPolicyLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        _check_backward(ctx, "linear_policy_loss", grad_outputs[0])
+        _check_backward(ctx, "linear_policy_loss")
         half, *grads = ctx.saved_tensors
-        scaled = [
-            scale_grad(grad, grad_outputs[0], half, ctx.dtype, ctx.impl) if needed else None
-            for grad, needed in zip(grads, ctx.needed, strict=True)
-        ]
+        with _one_gradient("linear_policy_loss", grad_outputs[0]):
+            scaled = [
+                scale_grad(grad, grad_outputs[0], half, ctx.dtype, ctx.impl) if needed else None
+                for grad, needed in zip(grads, ctx.needed, strict=True)
+            ]
         return *scaled, *(None,) * 5
