@@ -11,7 +11,7 @@ from .checks import LOG_PROB_DTYPES, check_no_transform
 from .options import TokenLoss, token_loss_of
 
 # The arguments that are tensors.
-TENSORS = tuple(inspect.signature(make_batch).parameters)
+TENSORS = frozenset(inspect.signature(make_batch).parameters)
 
 
 def make_call(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+T = TypeVar("T")
 LOG_PROB_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REAL_DTYPES = (*LOG_PROB_DTYPES, torch.float64)
 
@@ -121,11 +122,12 @@ def check_first_derivative(name: str) -> None:
         )
 
 
-@contextmanager
-def one_gradient(name: str, grad_output: Tensor) -> Iterator[None]:
-    """Says in words what a backward pass that scales a stored gradient cannot do."""
+def one_gradient(name: str, grad_output: Tensor, scale: Callable[[Tensor], T]) -> T:
+    """``scale(grad_output)``; says in words that it cannot be done to several at once."""
+    if torch.compiler.is_compiling():
+        return scale(grad_output)
     try:
-        yield
+        return scale(grad_output)
     except RuntimeError as error:
         if "Batched" not in str(torch._C._dispatch_keys(grad_output)):
             raise

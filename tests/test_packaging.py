@@ -110,7 +110,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
             names = wheel.namelist()
             sources = {
                 f"dl_norm/{file.relative_to(ROOT / 'dl_norm')}"
-                for folder in ("", "kernels", "integrations", "diagnose", "weights")
+                for folder in (
+                    "",
+                    "kernels",
+                    "integrations",
+                    "integrations/trl",
+                    "diagnose",
+                    "weights",
+                )
                 for file in (ROOT / "dl_norm" / folder).glob("*.py")
             }
             package = {name for name in names if ".dist-info/" not in name}

@@ -57,7 +57,7 @@ def model_path(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("aggregation", TRL_LOSSES)
 @pytest.mark.parametrize("cut", CUTS)
-def test_every_cut_equals_trl(model_path, tmp_path, cut, aggregation):
+def test_training_equals_trl(model_path, tmp_path, cut, aggregation):
     compare(model_path, tmp_path, cut, aggregation, "float32")
 
 

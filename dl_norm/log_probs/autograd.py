@@ -83,6 +83,6 @@ class PolicyLossFunction(torch.autograd.Function):
                 'or use impl="torch".'
             )
         ctx.scaled = True
-        with one_gradient("policy_loss", grad_loss):
-            grad = implementation(ctx.impl).policy_loss_bwd(grad, grad_loss, ctx.dtype)
+        backward = implementation(ctx.impl).policy_loss_bwd
+        grad = one_gradient("policy_loss", grad_loss, lambda g: backward(grad, g, ctx.dtype))
         return grad, *(None,) * 5

@@ -6,8 +6,6 @@ torch.compile the forward pass is one opaque operator.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -138,11 +136,6 @@ def _check_backward(ctx, name: str) -> None:
     ctx.scaled = True
 
 
-def _one_gradient(name: str, grad_output: Tensor) -> AbstractContextManager:
-    # What is traced has no exceptions to translate.
-    return nullcontext() if torch.compiler.is_compiling() else one_gradient(name, grad_output)
-
-
 def _save(ctx, outputs: Forward, grads: tuple[Tensor, ...], impl: str):
     """What both Functions do at the end of forward; returns the outputs of the Function."""
     loss, log_probs, entropy, sums, half = outputs
@@ -184,9 +177,11 @@ class LogitsPolicyLossFunction(torch.autograd.Function):
         _check_backward(ctx, "logits_policy_loss")
         half, grad = ctx.saved_tensors
         # The other outputs have no gradient.
-        with _one_gradient("logits_policy_loss", grad_outputs[0]):
-            grad = scale_grad(grad, grad_outputs[0], half, grad.dtype, ctx.impl)
-        return grad, *(None,) * 5
+
+        def scale(grad_output: Tensor) -> Tensor:
+            return scale_grad(grad, grad_output, half, grad.dtype, ctx.impl)
+
+        return one_gradient("logits_policy_loss", grad_outputs[0], scale), *(None,) * 5
 
 
 class LinearPolicyLossFunction(torch.autograd.Function):
@@ -219,9 +214,11 @@ class LinearPolicyLossFunction(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         _check_backward(ctx, "linear_policy_loss")
         half, *grads = ctx.saved_tensors
-        with _one_gradient("linear_policy_loss", grad_outputs[0]):
-            scaled = [
-                scale_grad(grad, grad_outputs[0], half, ctx.dtype, ctx.impl) if needed else None
+
+        def scale(grad_output: Tensor) -> list[Tensor | None]:
+            return [
+                scale_grad(grad, grad_output, half, ctx.dtype, ctx.impl) if needed else None
                 for grad, needed in zip(grads, ctx.needed, strict=True)
             ]
-        return *scaled, *(None,) * 5
+
+        return *one_gradient("linear_policy_loss", grad_outputs[0], scale), *(None,) * 5
