@@ -39,24 +39,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 
-# What compiled kernels do otherwise than the tests say, on a GPU too. An entry that passes fails.
-FUSED = "LLVM fuses a product into the sum behind it: "
-COMPILED_FAILURES = {
-    "test_on_policy_under_autocast_the_ratio_is_one": FUSED + "old - log_prob is not exactly 0",
-    "test_on_policy_ratio_is_one_to_the_last_bit": FUSED + "old - log_prob is not exactly 0",
-    "test_on_policy_ratio_over_logits": FUSED + "old - log_prob is not exactly 0",
-    "test_invariance.py::test_micro_batches": FUSED + "other bits in the strided kernel",
-    "test_invariance.py::test_strides": FUSED + "other bits in the strided kernel",
-}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items if TARGET else ():
-        for name, reason in COMPILED_FAILURES.items():
-            if name in item.nodeid and "triton" in item.nodeid:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
-
-
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,9 @@ from triton.runtime.driver import driver as triton_driver
 from . import execute, instructions, memory
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-# Names of arguments (of a tuple's field: its own) through which a kernel may overwrite values.
+# Kernels of this package store to no memory that holds values but through arguments (or a tuple's
+# fields) of these names. Those of others may: the peers' kernels write gradients over logits.
+PACKAGE = "dl_norm"
 IN_PLACE = {"GRAD", "OUT"}
 # Passed as the one element before the first logit that is 16-byte aligned.
 EXTENDS = {"LOGITS"}
@@ -33,7 +35,7 @@ class Driver:
         self.target = GPUTarget("cuda", TARGETS[target], 32)
         self.launches: list[execute.Launch] = []
         self.utils = self  # load_binary, get_device_properties
-        self.in_place = IN_PLACE  # None: inputs may be overwritten
+        self.last: int | None = None  # to run that many programs of a grid alone, the last ones
         self.arguments: list[tuple[str, Any]] = []  # names and values of the last launch
         self.replace: Callable[[execute.Kernel], execute.Kernel] = lambda kernel: kernel
 
@@ -61,13 +63,14 @@ class Driver:
 
     def launcher_cls(self, source, metadata):
         signature = dict(source.signature)
+        ours = source.fn.fn.__module__.startswith(PACKAGE)
 
         def launch(x, y, z, stream, kernel, packed, launch_metadata, enter, leave, *values):
             arguments = zip(signature.items(), values, strict=True)
             flat = [a for (name, kind), value in arguments for a in _flatten(name, kind, value)]
             self.arguments = flat
             kernel = self.replace(kernel)  # tests break kernels
-            self.launches.append(_launch(kernel, (x, y, z), flat, self.in_place))
+            self.launches.append(_launch(kernel, (x, y, z), flat, ours, self.last))
 
         return launch
 
@@ -87,7 +90,7 @@ def _flatten(name: str, kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _launch(kernel: execute.Kernel, grid, flat, in_place: set[str] | None) -> execute.Launch:
+def _launch(kernel: execute.Kernel, grid, flat, ours: bool, last: int | None) -> execute.Launch:
     arguments, parameters = [], {}
     names = list(kernel.program.parameters.items())
     # Behind the arguments come pointers to scratch memory that no kernel here uses.
@@ -96,10 +99,8 @@ def _launch(kernel: execute.Kernel, grid, flat, in_place: set[str] | None) -> ex
         argument = None
         if isinstance(value, Tensor):
             assert value.device.type == "cpu", f"{name} is on {value.device}"
-            last = name.rpartition(".")[2].upper()
-            argument = memory.Argument(
-                name, value, in_place is None or last in in_place, last in EXTENDS
-            )
+            field = name.rpartition(".")[2].upper()
+            argument = memory.Argument(name, value, not ours or field in IN_PLACE, field in EXTENDS)
             value = (number + 1 << memory.TAG) + value.data_ptr()
         arguments.append(argument)
         bits = int(kind[1:])
@@ -107,7 +108,7 @@ def _launch(kernel: execute.Kernel, grid, flat, in_place: set[str] | None) -> ex
             np.array([value or 0], f"f{bits // 8}") if kind[0] == "f"
             else np.array([int(value or 0) % 2**bits], f"u{bits // 8}")
         ).view("u1")  # fmt: skip
-    return execute.run(kernel, grid, parameters, memory.views_of(arguments))
+    return execute.run(kernel, grid, parameters, memory.views_of(arguments), last)
 
 
 def _only_ptx(backend=None, stages=None, options=None, language=None, capability=None):

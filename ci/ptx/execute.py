@@ -78,13 +78,15 @@ class Launch:
 
 
 def run(
-    kernel: Kernel, grid: tuple[int, int, int], parameters: dict, views: dict[int, View]
-) -> Launch:
-    """parameters: values by the names in the PTX, pointers as `memory` tags them."""
+    kernel: Kernel, grid: tuple[int, int, int], parameters: dict, views: dict[int, View],
+    last: int | None = None,
+) -> Launch:  # fmt: skip
+    """parameters: values by the names in the PTX, pointers as `memory` tags them. last: how many
+    programs to run, if not all."""
     launch = Launch(kernel.program.name, grid, kernel.program.threads)
     step = max(1, TOGETHER // launch.threads)
     with np.errstate(all="ignore"):
-        for first in range(0, launch.ctas, step):
+        for first in range(launch.ctas - min(last or launch.ctas, launch.ctas), launch.ctas, step):
             ctas = np.arange(first, min(first + step, launch.ctas))
             Chunk(kernel, launch, parameters, views, ctas).run()
         memories = {id(view.memory): view for view in views.values()}

@@ -166,7 +166,8 @@ def views_of(arguments: Sequence[Argument | None]) -> dict[int, View]:
 def _elements(tensor: Tensor, size: int) -> np.ndarray:
     """A flag for each byte from the first element to the last: is it of an element."""
     flags = torch.zeros(size // tensor.element_size(), dtype=torch.bool)
-    flags.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    steps = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s]
+    flags.as_strided([n for n, _ in steps], [s for _, s in steps]).fill_(True)
     return flags.numpy().repeat(tensor.element_size())
 
 
