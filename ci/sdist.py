@@ -5,7 +5,8 @@ file at the top."""
 from setuptools.command.sdist import sdist
 
 TEMPLATE = (
-    "include *.md",
+    "include *.md CITATION.cff",
+    "graft dl_norm/examples",
     "graft tests",
     "graft bench",
     "graft ci",

@@ -22,11 +22,15 @@ import dl_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUT = {"pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE"} | {
-    "kernels", "dl_norm", "bench", "tests", "ci",
+    "CHANGELOG.md", "CITATION.cff", "kernels", "dl_norm", "bench", "tests", "ci",
 }  # fmt: skip
 # In an unpacked source distribution there is no link, and no kernels/ that it could lead to.
 pytestmark = pytest.mark.skipif(
     not (ROOT / "kernels").is_dir(), reason="not the sources that the distributions are made from"
+)
+FOLDERS = sorted(
+    {str(path.parent.relative_to(ROOT / "dl_norm")) for path in ROOT.glob("dl_norm/**/__init__.py")}
+    | {"kernels"}
 )
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
@@ -110,15 +114,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
             names = wheel.namelist()
             sources = {
                 f"dl_norm/{file.relative_to(ROOT / 'dl_norm')}"
-                for folder in (
-                    "",
-                    "kernels",
-                    "integrations",
-                    "integrations/trl",
-                    "diagnose",
-                    "weights",
-                )
-                for file in (ROOT / "dl_norm" / folder).glob("*.py")
+                for pattern in ("**/*.py", "kernels/*.py")
+                for file in (ROOT / "dl_norm").glob(pattern)
             }
             package = {name for name in names if ".dist-info/" not in name}
             assert package == sources | {"dl_norm/py.typed"}
@@ -177,6 +174,8 @@ def test_metadata(built):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
     assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Author"] == "dl-norm maintainers"
+    assert "Programming Language :: Python :: 3.10" in metadata.get_all("Classifier")
     assert {"trl", "bench", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
     required = {
         requirement.partition(";")[0].strip()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Quoted: a torch built without torch.distributed has no ProcessGroup.
-Group: TypeAlias = "dist.ProcessGroup | Literal['local'] | None"
+if TYPE_CHECKING or dist.is_available():
+    Group: TypeAlias = dist.ProcessGroup | Literal["local"] | None
+else:  # a torch built without torch.distributed has no ProcessGroup
+    Group = Literal["local"] | None
 
 
 def sum_over(values: Tensor, group: Group) -> Tensor:
