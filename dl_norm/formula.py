@@ -26,7 +26,7 @@ def surrogate(formula: Callable[..., Any], **settings: float) -> FormulaSurrogat
 
     ``formula(log_prob, ratio, advantage, *settings)`` is a plain function of PyTorch operations
     that computes every token by itself. It returns the loss of the tokens, or that and a dict of
-    further quantities of the tokens, whose sums come back among the metrics ::
+    further quantities of the tokens, whose sums come back among the metrics:
 
         def soft_clip(log_prob, ratio, advantage, temperature):
             return -advantage * torch.tanh((ratio - 1) / temperature) * temperature

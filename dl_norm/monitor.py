@@ -95,7 +95,7 @@ def variance_proxy(
 class VarianceMonitor:
     """Collects lengths and proxies while training; estimates beta, and the noise of each method.
 
-    For any trainer::
+    For any trainer:
 
         monitor = VarianceMonitor()
         for step in ...:

@@ -176,7 +176,7 @@ def test_metadata(built):
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Author"] == "dl-norm maintainers"
     assert "Programming Language :: Python :: 3.10" in metadata.get_all("Classifier")
-    assert {"trl", "bench", "test", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"trl", "bench", "test", "docs", "dev"} <= set(metadata.get_all("Provides-Extra"))
     required = {
         requirement.partition(";")[0].strip()
         for requirement in metadata.get_all("Requires-Dist")
@@ -191,6 +191,11 @@ def test_metadata(built):
     (trl,) = (one for one in metadata.get_all("Requires-Dist") if one.startswith("trl"))
     assert 'python_version >= "3.11"' in trl and "TRL 1.16: ≥ 3.11" in requirements
     assert readme_of(metadata).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_the_package_index_takes_them(built):
+    pytest.importorskip("twine")
+    run(sys.executable, "-m", "twine", "check", "--strict", *built[:2], cwd=ROOT)
 
 
 def readme_of(metadata):

@@ -8,7 +8,7 @@ worker. It registers
   rollout;
 - the policy loss ``delta_l``: verl's clipped loss, computed by :func:`dl_norm.policy_loss`.
 
-What a user writes::
+What a user writes:
 
     algorithm.adv_estimator=delta_l_grpo
     +algorithm.delta_l_alpha=0.75
@@ -198,7 +198,7 @@ def compute_policy_loss_delta_l(
 ) -> tuple[Tensor, dict[str, Any]]:
     r"""verl's clipped policy loss of a micro-batch, by :func:`dl_norm.policy_loss`.
 
-    .. math::
+    .. math:
         \frac{P}{G M} \sum_i \sum_t m_{it} w_{it} \ell_{it}
 
     with P = ``dp_size``, G = ``global_batch_size``, M = ``loss_scale_factor`` and the token loss l

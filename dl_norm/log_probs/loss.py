@@ -218,8 +218,15 @@ def delta_l_loss(
     is taken for a slice and warned of.
 
     Args:
+        log_probs, old_log_probs, advantages, mask: as for :func:`policy_loss`.
         alpha, max_length, group: as for :func:`sequence_weights`.
         return_metrics, **options: as for :func:`policy_loss`.
+
+    Returns:
+        A 0-dim float32 loss to minimise, or (loss, metrics).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`sequence_weights` and :func:`policy_loss`.
     """
     cu_seqlens = options.get("cu_seqlens")
     check_tensor("log_probs", log_probs, LOG_PROB_DTYPES)

@@ -127,7 +127,7 @@ def reference_length(
     Under ``"grpo"`` it is mean_i(1/L_i) times the true one and under ``"dapo"`` 1/mean_i(L_i): so M
     is the harmonic mean of the lengths for ``like="grpo"``, their mean for ``"dapo"``, and
     1 / sum_i x_i for any method. A learning rate, ``max_grad_norm`` and every other setting that
-    goes with the size of the gradient then carry over::
+    goes with the size of the gradient then carry over:
 
         M = dl_norm.reference_length(lengths, like="grpo")  # once, of a typical batch
         weights = dl_norm.sequence_weights(lengths, alpha=1.0, max_length=M)  # in every step
