@@ -167,7 +167,7 @@ def _trl_linear(inputs: HeadInputs) -> Loss:
     function = _trl_chunked(runs_kernels(inputs.mask))
     hidden, head = inputs.leaves
     mask, token_ids = inputs.mask, inputs.token_ids
-    compact = mask.is_cuda  # as `add_fused_lm_head` of TRL does, with its host sync
+    compact = runs_kernels(mask)  # as `add_fused_lm_head` of TRL does, with its host sync
 
     def log_probs() -> Tensor:
         rows = hidden[mask] if compact else hidden.flatten(0, 1)

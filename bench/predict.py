@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from bench import record
+from bench.contest import OURS
+
 if TYPE_CHECKING:
+    from bench.roofline import Ceilings
     from bench.traffic import Row
 
 
@@ -52,7 +56,9 @@ class Machine:
         }
 
 
-def machine(name: str, multiprocessors: int, clock: float, bytes_per_s: float, flops: float):
+def machine(
+    name: str, multiprocessors: int, clock: float, bytes_per_s: float, flops: float
+) -> Machine:
     """Of compute capability 8.0, 9.0 and 10.0: four schedulers issue an instruction a cycle each,
     and 16 special functions a cycle are half an instruction of a warp."""
     return Machine(
@@ -71,12 +77,13 @@ class Prediction:
     bound: str  # what most of the time goes to
 
 
-def predict(row: Row, on: Machine) -> Prediction:
-    """The time of the case that the row stands for: what depends on the size is scaled, the number
+def predict(row: Row, case: str, on: Machine) -> Prediction:
+    """The time of a case that the row stands for: what depends on the size is scaled, the number
     of launches is not."""
+    rows, products = row.stands_for[case]
     spent = {"launches": on.launch * len(row.work)}
     for work in row.work:
-        scale = row.matmul_scale if work.flops else row.scale
+        scale = products if work.flops else rows
         need = {kind: scale * seconds for kind, seconds in on.seconds(work).items()}
         kind = max(need, key=lambda k: need[k])
         spent[kind] = spent.get(kind, 0.0) + need[kind]
@@ -90,23 +97,23 @@ def show(rows: Iterable[Row], on: Machine, console: Console) -> None:
         f"{on.instructions / 1e9:.0f} G instructions/s, {on.special / 1e9:.0f} G special/s, "
         f"{on.flops / 1e12:.0f} TFLOP/s, {on.launch * 1e6:.0f} µs a launch",
     )  # fmt: skip
-    ours: dict[str, float] = {}
-    for row in rows:
-        if row.stands_for is None or row.refused is not None:
-            continue
-        case = f"{row.suite} {row.stands_for}"
-        found = predict(row, on)
-        ours.setdefault(case, found.seconds)  # comes first
-        table.add_row(
-            case, row.contestant, f"{found.seconds * 1e6:,.1f}",
-            f"{found.seconds / ours[case]:.2f}", found.bound,
-        )  # fmt: skip
+    found = [
+        (f"{row.suite} {case}", row.contestant, predict(row, case, on))
+        for row in rows
+        for case in (row.stands_for if row.refused is None else ())
+    ]
+    ours = {case: time.seconds for case, name, time in found if name == OURS}
+    for case, name, time in sorted(found, key=lambda entry: list(ours).index(entry[0])):
+        ratio = f"{time.seconds / ours[case]:.2f}"
+        table.add_row(case, name, f"{time.seconds * 1e6:,.1f}", ratio, time.bound)
     for column in table.columns[2:4]:
         column.justify = "right"
     console.print(table)
 
 
-def for_table(suite: str, ceilings: Any, results: Path) -> dict[tuple[str, str], float]:
+def for_table(
+    suite: str, ceilings: Ceilings, results: Path = record.RESULTS
+) -> dict[tuple[str, str], float]:
     """(case, contestant) of a suite of bench.table -> seconds, by the latest counts in ``results``
     and the ceilings of the run."""
     from bench import traffic
@@ -117,7 +124,7 @@ def for_table(suite: str, ceilings: Any, results: Path) -> dict[tuple[str, str],
     on = replace(H100, bytes=ceilings.copy_bytes_per_s, flops=ceilings.matmul_flops)
     _, rows = traffic.load(files[-1])
     return {
-        (row.stands_for, row.contestant): predict(row, on).seconds
+        (case, row.contestant): predict(row, case, on).seconds
         for row in rows
-        if row.suite == suite and row.stands_for is not None and row.refused is None
+        for case in (row.stands_for if row.suite == suite and row.refused is None else ())
     }

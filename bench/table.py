@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bench import contest, parity, record, roofline, timing
+from bench import contest, parity, predict, record, roofline, timing
 from bench.cases import Case
 from bench.contest import OURS, AnyCase, AnyInputs, Contestant, NotHere, Suite
 from bench.roofline import Ceilings
@@ -47,6 +47,7 @@ class Row:
     flops_model: int | None = None
     floor: float | None = None  # seconds that both models take at the measured ceilings
     of_floor: float | None = None  # floor / median
+    predicted: float | None = None  # seconds; on a GPU, see bench/predict.py
     peak_bytes: int | None = None
     launches: int | None = None
     first_call: float | None = None  # seconds, compilation included
@@ -253,13 +254,17 @@ def run(
         report.rows += measure_case(
             suite, case, clock, ceilings, contestants, rounds=rounds, passes=passes
         )
+    if device.type == "cuda":
+        predicted = predict.for_table(suite.name, ceilings)
+        for row in whole_rows(report).values():
+            row.predicted = predicted.get((row.case, row.contestant))
     if device.type == "cuda" and suite is LOG_PROBS:
         report.extra_compiles = extra_compiles(device, recompile_lengths())
     return report
 
 
-COLUMNS = ("", "median µs", "p20-p80", "x ours", "% of floor", "peak MB", "launches", "wall µs",
-           "graph µs")  # fmt: skip
+COLUMNS = ("", "median µs", "p20-p80", "predicted µs", "x ours", "% of floor", "peak MB",
+           "launches", "wall µs", "graph µs")  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
@@ -273,6 +278,7 @@ def cells(row: Row) -> list[str]:
         row.contestant,
         micro(row.time),
         f"{row.time.p20 * 1e6:.1f}-{row.time.p80 * 1e6:.1f}",
+        "" if row.predicted is None else f"{row.predicted * 1e6:.1f}",
         "" if row.ratio_to_ours is None else f"{row.ratio_to_ours:.2f}",
         "" if row.of_floor is None else f"{row.of_floor * 100:.0f}",
         "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.2f}",

@@ -5,11 +5,12 @@ python -m bench.traffic --target sm_80  compiled for another GPU than the H100
 python -m bench.traffic --from FILE     print an earlier count again
 
 requested: bytes that threads ask for. moved: distinct sectors of 32 bytes in each launch, which is
-DRAM traffic where the caches hold all that a launch uses, and none of what the one before it did.
+DRAM traffic where the caches hold all that a launch uses, and none of what the one before it used.
 floor: what any implementation has to move. Instructions are PTX, for 32 threads each, as warps
 issue them, without moves and loads of parameters, which do not survive ptxas. Barriers are those of
 the largest kernel, for one of its programs. Operations of PyTorch count with their operands and
-results as bytes, and with no instructions. The second table is a prediction, see bench/predict.py.
+results as bytes, and with no instructions; beside matrix products only these, as the bytes of the
+others do not grow with the rows alone. The second table is a prediction, see bench/predict.py.
 
 For Liger's kernels: pip install --no-deps --target .venv-peers liger-kernel==0.8.5
 """
@@ -54,7 +55,8 @@ BF16 = torch.bfloat16
 class Entry:
     """What is counted: a case small enough to be executed here, of a suite of bench.table.
 
-    stands_for: the case of bench.table whose time is predicted from it.
+    stands_for: the cases of bench.table whose time is predicted from it. clipped: whether rows of
+    logits have the ratios of bench.table; else these are 1, and every row has a gradient.
     """
 
     suite: str
@@ -62,7 +64,8 @@ class Entry:
     contestants: tuple[str, ...]
     dtype: torch.dtype = torch.float32
     upstream: float = 1.0
-    stands_for: str | None = None
+    stands_for: tuple[str, ...] = ()
+    clipped: bool = True
 
     @property
     def name(self) -> str:
@@ -87,27 +90,31 @@ class Entry:
 
 LOSSES = (OURS, METRICS, "TRL", "verl")
 LOGITS = (OURS, "dl_norm copy", "plain", "TRL", "Liger")
-# Six rows of logits: what a launch costs besides them does not show.
+ROWS = 24  # of logits: what a launch costs besides them does not show
 ENTRIES = (
     Entry("log_probs", Case("64x1024 100%", 64, 1024), LOSSES),
     Entry("log_probs", Case("64x1024 100%", 64, 1024), (OURS, METRICS), BF16),
     Entry("log_probs", Case("64x1024 100%", 64, 1024), (OURS,), upstream=0.5),
-    Entry("log_probs", Case("64x1024", 64, 1024, 0.4), LOSSES, stands_for="64x1024"),
-    Entry("log_probs", Case("64x2048", 64, 2048, 0.4), LOSSES, stands_for="64x2048"),
-    Entry("log_probs", Case("8x128", 8, 128, 0.4), LOSSES, stands_for="8x128"),
-    Entry("log_probs", Case("16x8192 40%", 16, 8192, 0.4), LOSSES, stands_for="1024x8192 40%"),
+    Entry("log_probs", Case("64x1024", 64, 1024, 0.4), LOSSES, stands_for=("64x1024",)),
+    Entry("log_probs", Case("64x2048", 64, 2048, 0.4), LOSSES, stands_for=("64x2048",)),
+    Entry("log_probs", Case("8x128", 8, 128, 0.4), LOSSES, stands_for=("8x128",)),
+    Entry("log_probs", Case("16x8192 40%", 16, 8192, 0.4), LOSSES, stands_for=("1024x8192 40%",)),
     Entry("log_probs", Case("16x8192 40%", 16, 8192, 0.4), (OURS,), BF16),
-    Entry("log_probs", Case("16x8192 100%", 16, 8192), LOSSES, stands_for="1024x8192 100%"),
+    Entry("log_probs", Case("16x8192 100%", 16, 8192), LOSSES, stands_for=("1024x8192 100%",)),
     Entry("log_probs", Case("packed 16x8192", 16, 8192, 0.4, True), (OURS, METRICS),
-          stands_for="packed 3.4M"),
-    Entry("logits", HeadCase("6x151936", "logits", 1, 6, V), LOGITS, BF16,
-          stands_for="8192x151936"),
-    Entry("logits", HeadCase("10x151936 40%", "logits", 2, 5, V, fill=0.4), LOGITS, BF16,
-          stands_for="8192x151936 40%"),
-    Entry("token_log_probs", HeadCase("6x151936", "token_log_probs", 1, 6, V),
-          (OURS, "TRL", "Liger"), BF16, stands_for="8192x151936"),
-    Entry("linear", HeadCase("6x8x151936", "linear", 1, 6, V, 8), (OURS, "TRL"), BF16,
-          stands_for="8192x4096x151936"),
+          stands_for=("packed 3.4M",)),
+    Entry("logits", HeadCase("24x151936 none clipped", "logits", 1, ROWS, V), LOGITS, BF16,
+          clipped=False),
+    Entry("logits", HeadCase("24x151936", "logits", 1, ROWS, V), LOGITS, BF16,
+          stands_for=("8192x151936",)),
+    Entry("logits", HeadCase("24x151936 40%", "logits", 2, ROWS // 2, V, fill=0.4), LOGITS, BF16,
+          stands_for=("8192x151936 40%",)),
+    Entry("token_log_probs", HeadCase("24x151936", "token_log_probs", 1, ROWS, V),
+          (OURS, "TRL", "Liger"), BF16, stands_for=("8192x151936",)),
+    Entry("linear", HeadCase("24x8x151936", "linear", 1, ROWS, V, 8), (OURS, "TRL"), BF16,
+          stands_for=("8192x4096x151936", "32768x2048x151936", "16384x2048x248320")),
+    Entry("linear", HeadCase("24x8x151936 40%", "linear", 2, ROWS // 2, V, 8, 0.4),
+          (OURS, "dl_norm max_tokens", "TRL"), BF16, stands_for=("8192x4096x151936 40%",)),
 )  # fmt: skip
 
 
@@ -121,9 +128,8 @@ class Row:
     unit: str
     units: int
     floor: int
-    stands_for: str | None = None
-    scale: float = 1.0  # how many times as much the case has that this stands for
-    matmul_scale: float = 1.0
+    # Cases that this stands for -> how many times as much they have, of rows and of products.
+    stands_for: dict[str, tuple[float, float]] = field(default_factory=dict)
     requested: int = 0
     barriers: float = 0.0
     classes: dict[str, int] = field(default_factory=dict)  # instructions by class
@@ -146,11 +152,14 @@ class Operations(TorchDispatchMode):
         returns = func._schema.returns
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         name = func._schema.name.removeprefix("aten::")
-        if not (view or "empty" in name or name in ("detach", "_local_scalar_dense", "item")):
-            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-            count = flop_registry.get(func._overloadpacket)
-            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
-            size = 0 if flops else sum(map(_bytes, tensors))
+        if view or any(part in name for part in ("empty", "view", "scalar", "detach")):
+            return out  # no kernel
+        read = args[1:] if name in ("fill_", "zero_", "copy_") else args
+        tensors = [t for t in tree_leaves((read, kwargs, out)) if isinstance(t, Tensor)]
+        count = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))  # addmm_ too
+        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+        size = 0 if flops else sum(map(_bytes, tensors))
+        if size or flops:
             self.work.append(Work(name, bytes=size, flops=flops))
         return out
 
@@ -179,7 +188,7 @@ def count(entry: Entry, name: str, inputs: AnyInputs) -> Row:
     (contestant,) = (c for c in suite.contestants if c.name == name)
     row = Row(
         entry.name, entry.suite, name, "position" if entry.suite == "log_probs" else "logit",
-        entry.units, entry.floor(), entry.stands_for, *_scales(entry),
+        entry.units, entry.floor(), {case: _scales(entry, case) for case in entry.stands_for},
     )  # fmt: skip
     operations = Operations()
     try:
@@ -198,7 +207,8 @@ def count(entry: Entry, name: str, inputs: AnyInputs) -> Row:
     classes: Counter[str] = sum((launch.instructions for launch in launches), Counter())
     row.classes = dict(classes)
     row.requested = sum(launch.requested.total() for launch in launches)
-    row.work = operations.work + [
+    products = any(work.flops for work in operations.work)
+    row.work = [work for work in operations.work if work.flops or not products] + [
         Work(
             launch.kernel,
             bytes=32 * launch.sectors.total(),
@@ -208,22 +218,18 @@ def count(entry: Entry, name: str, inputs: AnyInputs) -> Row:
         for launch in launches
     ]
     if launches:
-        largest = max(launches, key=lambda launch: launch.issued)
+        largest = max(launches, key=lambda launch: launch.sectors.total())
         warps = largest.ctas * largest.threads // 32
         row.barriers = largest.instructions["barrier"] / warps
     return row
 
 
-def _scales(entry: Entry) -> tuple[float, float]:
-    """Of rows and of matrix products, to the case that this entry stands for."""
-    if entry.stands_for is None:
-        return 1.0, 1.0
+def _scales(entry: Entry, name: str) -> tuple[float, float]:
     cases = SUITES[entry.suite].cases(torch.device("cuda"))
-    (case,) = (case for case in cases if case.name == entry.stands_for)
+    (case,) = (case for case in cases if case.name == name)
     flops = entry.case.flops()
-    return dataclasses.replace(entry, case=case).units / entry.units, (
-        case.flops() / flops if flops else 1.0
-    )
+    units = dataclasses.replace(entry, case=case).units
+    return units / entry.units, case.flops() / flops if flops else 1.0
 
 
 def make_inputs(entry: Entry) -> Any:
@@ -236,7 +242,12 @@ def make_inputs(entry: Entry) -> Any:
             log_probs=_as(inputs.log_probs, entry.dtype),
             old_log_probs=inputs.old_log_probs.to(entry.dtype),
         )
-    return dataclasses.replace(inputs, leaves=tuple(_as(t, entry.dtype) for t in inputs.leaves))
+    leaves = tuple(_as(leaf, entry.dtype) for leaf in inputs.leaves)
+    if not entry.clipped:
+        log_probs = leaves[0].detach().float().log_softmax(-1)
+        old_log_probs = log_probs.gather(-1, inputs.token_ids[..., None])[..., 0]
+        return dataclasses.replace(inputs, leaves=leaves, old_log_probs=old_log_probs)
+    return dataclasses.replace(inputs, leaves=leaves)
 
 
 def _as(leaf: Tensor, dtype: torch.dtype) -> Tensor:

@@ -63,6 +63,7 @@ class Launch:
     kernel: str
     grid: tuple[int, int, int]
     threads: int
+    hits: np.ndarray  # warps that ran each block
     instructions: Counter[str] = field(default_factory=Counter)
     requested: Counter[str] = field(default_factory=Counter)  # bytes that threads asked for
     sectors: Counter[str] = field(default_factory=Counter)  # distinct ones of 32 bytes
@@ -83,12 +84,15 @@ def run(
 ) -> Launch:  # fmt: skip
     """parameters: values by the names in the PTX, pointers as `memory` tags them. last: how many
     programs to run, if not all."""
-    launch = Launch(kernel.program.name, grid, kernel.program.threads)
+    hits = np.zeros(len(kernel.functions), np.int64)
+    launch = Launch(kernel.program.name, grid, kernel.program.threads, hits)
     step = max(1, TOGETHER // launch.threads)
     with np.errstate(all="ignore"):
         for first in range(launch.ctas - min(last or launch.ctas, launch.ctas), launch.ctas, step):
             ctas = np.arange(first, min(first + step, launch.ctas))
             Chunk(kernel, launch, parameters, views, ctas).run()
+        for classes, hits in zip(kernel.classes, launch.hits.tolist(), strict=True):
+            launch.instructions += Counter({name: n * hits for name, n in classes.items() if hits})
         memories = {id(view.memory): view for view in views.values()}
         for view in memories.values():
             try:
@@ -113,7 +117,6 @@ class Chunk:
         self.epochs = np.zeros(len(ctas), np.int64)  # barriers that each CTA has passed
         self.lanes: Lanes = None
         self.everyone = np.arange(self.size)
-        self.hits = np.zeros(len(kernel.functions), np.int64)
         x, y, _ = launch.grid
         self.specials = {
             "tid.x": np.tile(np.arange(self.threads, dtype="u4"), len(ctas)),
@@ -170,9 +173,6 @@ class Chunk:
                 check_races(self.shared, self.threads, "shared memory")
             except PtxError as error:
                 raise PtxError(f"{self.launch.kernel}: {error}") from None
-        for classes, hits in zip(self.kernel.classes, self.hits.tolist(), strict=True):
-            for name, count in classes.items() if hits else ():
-                self.launch.instructions[name] += count * hits
 
     def fail(self, what: str, instruction: Instruction) -> None:
         raise PtxError(f"{self.launch.kernel}: {what}: {instruction}")
@@ -183,9 +183,9 @@ class Chunk:
         self.lanes = lanes
         self.active = self.size if lanes is None else lanes.size
         if lanes is None:
-            self.hits[block] += self.size // 32
+            self.launch.hits[block] += self.size // 32
         else:
-            self.hits[block] += 1 + np.count_nonzero(np.diff(lanes >> 5))
+            self.launch.hits[block] += 1 + np.count_nonzero(np.diff(lanes >> 5))
 
     def split(self, flags: np.ndarray | None) -> tuple[Lanes, Lanes]:
         """Running threads whose flag is set, and the others."""
