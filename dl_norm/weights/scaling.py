@@ -47,14 +47,14 @@ def gradient_scale(
     S and A enter as S/A (and as D), so they may be counted in any unit of equal parts, such as
     mini-batches, as long as nobody divides by A.
 
-    | trainer                                                    | scale                              |
-    |------------------------------------------------------------|------------------------------------|
-    | own loop, weights over the window, DDP or FSDP             | P                                  |
-    | the same through ``accelerator.backward`` or DeepSpeed     | P A                                |
-    | gradients summed over processes                            | 1                                  |
-    | TRL: S = ``steps_per_generation``                          | P S / A                            |
-    | verl: S = mini-batches per rollout, A = 1                  | P S, with P = ``dp_size``          |
-    | context parallel, gradients averaged over data x context   | P = data size * context size       |
+    | trainer                                                    | scale                           |
+    |------------------------------------------------------------|---------------------------------|
+    | own loop, weights over the window, DDP or FSDP             | P                               |
+    | the same through ``accelerator.backward`` or DeepSpeed     | P A                             |
+    | gradients summed over processes                            | 1                               |
+    | TRL: S = ``steps_per_generation``                          | P S / A                         |
+    | verl: S = mini-batches per rollout, A = 1                  | P S, with P = ``dp_size``       |
+    | context parallel, gradients averaged over data x context   | P = data size * context size    |
 
     Args:
         num_processes: P, processes whose gradients are reduced together: the data-parallel size,
