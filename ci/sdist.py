@@ -6,6 +6,7 @@ from setuptools.command.sdist import sdist
 
 TEMPLATE = (
     "include *.md CITATION.cff",
+    "recursive-include dl_norm *.md",
     "graft dl_norm/examples",
     "graft tests",
     "graft bench",

@@ -53,7 +53,7 @@ def test_the_change_log_names_what_is_new_and_nothing_that_is_not() -> None:
         here = hasattr(sys.modules.get(module), attribute) or importlib.util.find_spec(name)
         assert here, name
     for method in ("prompt_mean", "balanced", "grpo_per_prompt"):
-        assert f'"{method}"' in text and method in weights.METHODS
+        assert f'"{method}"' in text and method in weights.AGGREGATIONS
 
 
 def test_citation() -> None:
