@@ -17,6 +17,6 @@ is not known. Not modelled: ptxas, caches, time, orders of memory weaker than ba
 tensor cores, TMA.
 """
 
-from .errors import PtxError
+from .parser import PtxError
 
 __all__ = ["PtxError"]

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as triton_driver
 
 from . import execute, instructions, memory
+from .parser import PtxError
 
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Kernels of this package store to no memory that holds values but through arguments (or a tuple's
@@ -36,7 +37,7 @@ class Driver:
         self.launches: list[execute.Launch] = []
         self.utils = self  # load_binary, get_device_properties
         self.last: int | None = None  # to run that many programs of a grid alone, the last ones
-        self.arguments: list[tuple[str, Any]] = []  # names and values of the last launch
+        self.names: list[str] = []  # of the arguments of the last launch
         self.replace: Callable[[execute.Kernel], execute.Kernel] = lambda kernel: kernel
 
     def get_current_target(self) -> GPUTarget:
@@ -64,11 +65,13 @@ class Driver:
     def launcher_cls(self, source, metadata):
         signature = dict(source.signature)
         ours = source.fn.fn.__module__.startswith(PACKAGE)
+        if metadata.num_ctas != 1 or metadata.global_scratch_size:
+            raise PtxError(f"{metadata.name}: clusters and scratch memory are not modelled")
 
         def launch(x, y, z, stream, kernel, packed, launch_metadata, enter, leave, *values):
             arguments = zip(signature.items(), values, strict=True)
             flat = [a for (name, kind), value in arguments for a in _flatten(name, kind, value)]
-            self.arguments = flat
+            self.names = [name for name, _ in flat]
             kernel = self.replace(kernel)  # tests break kernels
             self.launches.append(_launch(kernel, (x, y, z), flat, ours, self.last))
 
@@ -91,24 +94,27 @@ def _flatten(name: str, kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _launch(kernel: execute.Kernel, grid, flat, ours: bool, last: int | None) -> execute.Launch:
-    arguments, parameters = [], {}
-    names = list(kernel.program.parameters.items())
+    views: dict[int, memory.View] = {}
+    parameters = {}
     # Behind the arguments come pointers to scratch memory that no kernel here uses.
-    for number, (parameter, kind) in enumerate(names):
-        name, value = flat[number] if number < len(flat) else ("scratch memory", 0)
-        argument = None
+    flat = flat + [("scratch memory", 0)] * (len(kernel.program.parameters) - len(flat))
+    for tag, ((parameter, kind), (name, value)) in enumerate(
+        zip(kernel.program.parameters.items(), flat, strict=True), 1
+    ):
         if isinstance(value, Tensor):
             assert value.device.type == "cpu", f"{name} is on {value.device}"
-            field = name.rpartition(".")[2].upper()
-            argument = memory.Argument(name, value, not ours or field in IN_PLACE, field in EXTENDS)
-            value = (number + 1 << memory.TAG) + value.data_ptr()
-        arguments.append(argument)
-        bits = int(kind[1:])
+            if value.numel():
+                field = name.rpartition(".")[2].upper()
+                in_place = not ours or field in IN_PLACE
+                views[tag] = memory.View(name, value, in_place, field in EXTENDS)
+            value = (tag << memory.TAG) + value.data_ptr()
+        size = int(kind[1:]) // 8
         parameters[parameter] = (
-            np.array([value or 0], f"f{bits // 8}") if kind[0] == "f"
-            else np.array([int(value or 0) % 2**bits], f"u{bits // 8}")
+            np.array([value or 0], f"f{size}") if kind[0] == "f"
+            else np.array([int(value or 0) % 256**size], f"u{size}")
         ).view("u1")  # fmt: skip
-    return execute.run(kernel, grid, parameters, memory.views_of(arguments), last)
+    memory.place(views)
+    return execute.run(kernel, grid, parameters, views, last)
 
 
 def _only_ptx(backend=None, stages=None, options=None, language=None, capability=None):

@@ -14,9 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from .errors import PtxError
 from .memory import TAG, Access, Memory, View, check_races
-from .parser import Instruction, Program, parse
+from .parser import Instruction, Program, PtxError, parse
 from .translate import MemoryAccess, translate
 
 TOGETHER = 1 << 13  # threads that run at a time
@@ -39,21 +38,22 @@ class Kernel:
         ]
 
 
+CLASSES = {
+    "bra": "branch", "ret": "branch", "exit": "branch", "mov": "mov", "bar": "barrier",
+    "shfl": "warp", "redux": "warp", "cvt": "convert", "createpolicy": "convert", "selp": "integer",
+    **dict.fromkeys(("ex2", "lg2", "rcp", "sqrt", "tanh"), "special"),
+}  # fmt: skip
+
+
 def class_of(instruction: Instruction) -> str:
     name, modifiers = instruction.name, instruction.modifiers
     if name in ("ld", "st", "ldmatrix", "stmatrix"):
-        if "param" in modifiers:
-            return "param"
-        return f"{'shared' if 'shared' in modifiers else 'global'} {name[:2]}"
-    if name in ("bra", "ret", "exit", "mov"):
-        return "branch" if name != "mov" else name
-    if name in ("bar", "shfl", "redux", "cvt", "createpolicy"):
-        return {"bar": "barrier", "shfl": "warp", "redux": "warp"}.get(name, name)
-    if name in ("ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh", "sin", "cos"):
-        return "special"
+        space = next((m for m in ("param", "shared") if m in modifiers), "global")
+        return space if space == "param" else f"{space} {name[:2]}"
+    of_floats = "f" in modifiers[-1] if modifiers else False
     if name == "div":
-        return "special" if modifiers[-1][0] == "f" else "integer"
-    return "float" if "f" in modifiers[-1] and name != "selp" else "integer"
+        return "special" if of_floats else "integer"
+    return CLASSES.get(name, "float" if of_floats else "integer")
 
 
 @dataclass
@@ -87,20 +87,20 @@ def run(
     hits = np.zeros(len(kernel.functions), np.int64)
     launch = Launch(kernel.program.name, grid, kernel.program.threads, hits)
     step = max(1, TOGETHER // launch.threads)
-    with np.errstate(all="ignore"):
-        for first in range(launch.ctas - min(last or launch.ctas, launch.ctas), launch.ctas, step):
-            ctas = np.arange(first, min(first + step, launch.ctas))
-            Chunk(kernel, launch, parameters, views, ctas).run()
-        for classes, hits in zip(kernel.classes, launch.hits.tolist(), strict=True):
-            launch.instructions += Counter({name: n * hits for name, n in classes.items() if hits})
-        memories = {id(view.memory): view for view in views.values()}
-        for view in memories.values():
-            try:
-                check_races(view.memory, launch.threads, view.name)
-            except PtxError as error:
-                raise PtxError(f"{launch.kernel}: {error}") from None
+    start = launch.ctas - min(last or launch.ctas, launch.ctas)
+    try:
+        with np.errstate(all="ignore"):
+            for first in range(start, launch.ctas, step):
+                ctas = np.arange(first, min(first + step, launch.ctas))
+                Chunk(kernel, launch, parameters, views, ctas).run()
+        for view in {id(view.memory): view for view in views.values()}.values():
+            check_races(view.memory, launch.threads, view.name)
             for kind, touched in view.memory.sectors.items():
                 launch.sectors[kind] += int(np.count_nonzero(touched))
+    except PtxError as error:
+        raise PtxError(f"{launch.kernel}: {error}") from None
+    for classes, count in zip(kernel.classes, hits.tolist(), strict=True):
+        launch.instructions += Counter({name: n * count for name, n in classes.items() if count})
     return launch
 
 
@@ -164,18 +164,10 @@ class Chunk:
         if waiting:
             number, lanes = min(waiting.items())
             there = int(np.count_nonzero(lanes // self.threads == lanes[0] // self.threads))
-            self.fail(
-                f"barrier that only {there} of {self.threads} threads of a CTA reach",
-                blocks[number].instructions[-1],
-            )
+            only = f"{there} of {self.threads} threads of a CTA"
+            raise _error(f"barrier that only {only} reach", blocks[number].instructions[-1])
         if "shared" in self.__dict__:
-            try:
-                check_races(self.shared, self.threads, "shared memory")
-            except PtxError as error:
-                raise PtxError(f"{self.launch.kernel}: {error}") from None
-
-    def fail(self, what: str, instruction: Instruction) -> None:
-        raise PtxError(f"{self.launch.kernel}: {what}: {instruction}")
+            check_races(self.shared, self.threads, "shared memory")
 
     # Which threads run.
 
@@ -217,23 +209,27 @@ class Chunk:
 
     def by_warp(self, values: np.ndarray) -> np.ndarray:
         if self.lanes is not None and self.lanes.size != 32 * len(np.unique(self.lanes >> 5)):
-            raise PtxError(f"{self.launch.kernel}: warp-wide instruction with part of a warp")
+            raise PtxError("warp-wide instruction with part of a warp")
         if values.size == 1:
             values = np.broadcast_to(values, self.active)
         return values.reshape(-1, 32)
 
+    def check_members(self, members: np.ndarray, known: np.ndarray | bool = True) -> None:
+        if not (members == 0xFFFFFFFF).all() or not np.all(known):
+            raise PtxError("unknown instruction: warp-wide, for a part of its threads")
+
     # Registers
 
-    def undefined(self, kind: str) -> np.ndarray:
-        """Random bits."""
-        bits = self.random.integers(0, 2**63, self.active, "u8")
-        return bits & np.uint64(1) != 0 if kind == "?" else bits.astype(kind)
+    def of_lanes(self, values: np.ndarray) -> np.ndarray:
+        return values if self.lanes is None or values.size == 1 else values[self.lanes]
 
     def get(self, name: str) -> np.ndarray:
         values = self.registers.get(name)
-        if values is None:
-            return self.undefined(self.kernel.program.registers[name.rstrip("0123456789")])
-        return values if self.lanes is None or values.size == 1 else values[self.lanes]
+        if values is None:  # nothing wrote it: random bits
+            kind = self.kernel.program.registers[name.rstrip("0123456789")]
+            bits = self.random.integers(0, 2**63, self.active, "u8")
+            return bits % np.uint64(2) != 0 if kind == "?" else bits.astype(kind)
+        return self.of_lanes(values)
 
     def put(self, name: str, values: np.ndarray) -> None:
         if self.lanes is not None:
@@ -246,8 +242,7 @@ class Chunk:
         self.registers[name] = values
 
     def special(self, name: str) -> np.ndarray:
-        values = self.specials[name]
-        return values if self.lanes is None or values.size == 1 else values[self.lanes]
+        return self.of_lanes(self.specials[name])
 
     def parameter(self, name: str, offset: int, kind: str) -> np.ndarray:
         return self.parameters[name][offset:][: np.dtype(kind).itemsize].view(kind)
@@ -264,7 +259,7 @@ class Chunk:
             found = memory.load(offsets, access.width)
             if found is None:
                 name = "shared memory" if access.space == "shared" else self.name_of(memory)
-                self.fail(f"read of {name} that nothing wrote", access.instruction)
+                raise _error(f"read of {name} that nothing wrote", access.instruction)
             words[part] = found.view(words.dtype)
         elements = words.view(access.element).reshape(-1, access.count).T
         if chosen is not None and at.size > 1:
@@ -285,14 +280,14 @@ class Chunk:
         words = elements.view(f"V{access.width}")[:, 0]
         for part, memory, offsets in self.find(access, at, chosen, words):
             if not memory.store(offsets, access.width, words[part]):
-                self.fail(f"store to the input {self.name_of(memory)}", access.instruction)
+                raise _error(f"store to the input {self.name_of(memory)}", access.instruction)
 
     def matrix_rows(self, access: MemoryAccess, at: np.ndarray, count: int) -> list[np.ndarray]:
         """Matrices of 8 rows of 16 bytes: thread t says where row t % 8 of matrix t / 8 lies, and
         of every matrix it holds 4 bytes, number t % 4 of row t / 4. Where those are."""
         rows = self.by_warp(at)[:, : 8 * count]
         if (rows % 16).any():
-            self.fail("misaligned row of a matrix", access.instruction)
+            raise _error("misaligned row of a matrix", access.instruction)
         lane = np.arange(32)
         return [(rows[:, 8 * k + lane // 4] + lane % 4 * 4).reshape(-1) for k in range(count)]
 
@@ -314,7 +309,7 @@ class Chunk:
         if access.space == "shared":
             limit = self.kernel.shared_bytes
             if at.min() < 0 or at.max() + access.width > limit:
-                self.fail(f"out of bounds of {limit} bytes of shared memory", access.instruction)
+                raise _error(f"out of bounds of {limit} bytes of shared memory", access.instruction)
             if len(self.ctas) > 1:
                 at = at + self.numbers(chosen) // self.threads * limit
             found = [(slice(None), self.shared, at)]
@@ -323,7 +318,7 @@ class Chunk:
             found = self.find_views(access, at, kind)
         for part, memory, offsets in found:
             if int(np.bitwise_or.reduce(offsets)) & (access.width - 1):
-                self.fail(f"misaligned {kind} of {access.width} bytes", access.instruction)
+                raise _error(f"misaligned {kind} of {access.width} bytes", access.instruction)
             if access.space == "global":
                 memory.sectors[kind][offsets >> 5] = True
             numbers = self.numbers(chosen)
@@ -345,12 +340,12 @@ class Chunk:
         for part in everything:
             view = self.views.get(int(tags[part][0]))
             if view is None:
-                self.fail(f"{kind} through no pointer of a tensor", access.instruction)
+                raise _error(f"{kind} through no pointer of a tensor", access.instruction)
             offsets = at[part] - view.origin
             allowed = view.allows(offsets, access.width)
             if not np.all(allowed):
                 wrong = offsets[~allowed] - view.low
-                self.fail(
+                raise _error(
                     f"{kind} out of bounds: {access.width} bytes at byte {int(wrong[0])} of "
                     f"{view.name}, which ends at {view.high - view.low}"
                     + (" and has gaps" if view.legal is not None else "")
@@ -361,3 +356,7 @@ class Chunk:
 
     def name_of(self, memory: Memory) -> str:
         return "=".join(v.name for v in self.views.values() if v.memory is memory)
+
+
+def _error(what: str, instruction: Instruction) -> PtxError:
+    return PtxError(f"{what}: {instruction}")

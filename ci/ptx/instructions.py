@@ -15,7 +15,6 @@ add add.rn add.x        | TT>T    | {0} + {1}
 sub sub.rn sub.x        | TT>T    | {0} - {1}
 mul mul.rn mul.lo       | TT>T    | {0} * {1}
 mul.wide                | TT>W    | {0}.astype({W}) * {1}.astype({W})
-mul.hi                  | TT>T    | mul_hi({0}, {1})
 mad.lo                  | TTT>T   | {0} * {1} + {2}
 mad.wide                | TTW>W   | {0}.astype({W}) * {1}.astype({W}) + {2}
 fma.rn                  | TTT>T   | fma({0}, {1}, {2})
@@ -24,15 +23,10 @@ rem                     | TT>T    | {0} - int_div({0}, {1}) * {1}
 div.rn                  | TT>T    | {0} / {1}
 div.full div.approx     | TT>T    | approximate(wide({0}) / wide({1}), ulps=2)
 rcp.approx              | T>T     | approximate(1 / wide({0}), ulps=1)
-rcp.rn                  | T>T     | 1 / {0}
-sqrt.rn                 | T>T     | np.sqrt({0})
 sqrt.approx             | T>T     | approximate(np.sqrt(wide({0})), relative=2.0**-23)
-rsqrt.approx            | T>T     | approximate(1 / np.sqrt(wide({0})), relative=2.0**-22.9)
 ex2.approx              | T>T     | approximate(np.exp2(wide({0})), ulps=2, sure={0} == 0)
 lg2.approx              | T>T     | lg2({0})
 tanh.approx             | T>T     | approximate(np.tanh(wide({0})), relative=2.0**-11)
-sin.approx              | T>T     | approximate(np.sin(wide({0})), absolute=2.0**-20.5)
-cos.approx              | T>T     | approximate(np.cos(wide({0})), absolute=2.0**-20.5)
 abs                     | T>T     | np.abs({0})
 neg                     | T>T     | -{0}
 min                     | TT>T    | minimum({0}, {1})
@@ -41,8 +35,7 @@ min3                    | TTT>T   | minimum(minimum({0}, {1}), {2})
 max3                    | TTT>T   | maximum(maximum({0}, {1}), {2})
 min.NaN                 | TT>T    | np.minimum({0}, {1})
 max.NaN                 | TT>T    | np.maximum({0}, {1})
-min.NaN.xorsign.abs     | TT>T    | xorsign(np.minimum, {0}, {1})
-max.NaN.xorsign.abs     | TT>T    | xorsign(np.maximum, {0}, {1})
+min.NaN.xorsign.abs     | TT>T    | xorsign_minimum({0}, {1})
 and                     | TT>T    | {0} & {1}
 or                      | TT>T    | {0} | {1}
 xor                     | TT>T    | {0} ^ {1}
@@ -51,21 +44,12 @@ shl                     | T,u4>T  | shift({0}, {1}, np.left_shift)
 shr                     | T,u4>T  | shift({0}, {1}, np.right_shift)
 selp                    | TT?>T   | np.where({2}, {0}, {1})
 prmt                    | TTT>T   | prmt({0}, {1}, {2})
-lop3                    | TTT,u4>T | lop3({0}, {1}, {2}, {3})
 bfe                     | T,u4,u4>T | bfe({0}, {1}, {2})
 popc                    | T>u4    | np.bitwise_count({0}).astype("u4")
-clz                     | T>u4    | clz({0})
-shfl.sync.bfly          | u4,u4,u4,u4>u4 | shuffle(s, {0}, {1}, {2}, "bfly")
-shfl.sync.idx           | u4,u4,u4,u4>u4 | shuffle(s, {0}, {1}, {2}, "idx")
-shfl.sync.up            | u4,u4,u4,u4>u4 | shuffle(s, {0}, {1}, {2}, "up")
-shfl.sync.down          | u4,u4,u4,u4>u4 | shuffle(s, {0}, {1}, {2}, "down")
-redux.sync.add          | T,u4>T  | reduce_warp(s, {0}, np.add)
-redux.sync.min          | T,u4>T  | reduce_warp(s, {0}, np.fmin)
-redux.sync.max          | T,u4>T  | reduce_warp(s, {0}, np.fmax)
-redux.sync.min.NaN      | T,u4>T  | reduce_warp(s, {0}, np.minimum)
-redux.sync.max.NaN      | T,u4>T  | reduce_warp(s, {0}, np.maximum)
-redux.sync.and          | T,u4>T  | reduce_warp(s, {0}, np.bitwise_and)
-redux.sync.or           | T,u4>T  | reduce_warp(s, {0}, np.bitwise_or)
+shfl.sync.bfly          | u4,u4,u4,u4>u4 | shuffle(s, {0}, {1}, {2}, {3})
+redux.sync.add          | T,u4>T  | reduce_warp(s, {0}, {1}, np.add)
+redux.sync.max          | T,u4>T  | reduce_warp(s, {0}, {1}, np.fmax)
+redux.sync.max.NaN      | T,u4>T  | reduce_warp(s, {0}, {1}, np.maximum)
 """
 
 # Comparisons of setp. The second row: true also where an operand is NaN.
@@ -185,15 +169,6 @@ def encode(a, kind):
     return to_bf16(a) if kind == "bf16" else a.astype("f2").view("u2")
 
 
-def to_integer(a, rounding, kind):
-    """Saturating; NaN becomes 0."""
-    info = np.iinfo(kind)
-    a = rounding(a.astype("f8"))
-    result = np.clip(a, info.min, info.max).astype(kind)
-    result = np.where(a >= info.max, np.dtype(kind).type(info.max), result)
-    return np.where(np.isnan(a), np.dtype(kind).type(0), result)
-
-
 def minimum(a, b):
     if a.dtype.kind != "f":
         return np.minimum(a, b)
@@ -209,9 +184,9 @@ def maximum(a, b):
     return np.where(a == b, (a.view(bits) & b.view(bits)).view(a.dtype), np.fmax(a, b))
 
 
-def xorsign(pick, a, b):
+def xorsign_minimum(a, b):
     """Of the absolute values; negative where one of the two is."""
-    size = pick(np.abs(a), np.abs(b))
+    size = np.minimum(np.abs(a), np.abs(b))
     return np.where(np.signbit(a) ^ np.signbit(b), -size, size)
 
 
@@ -222,21 +197,6 @@ def int_div(a, b):
     if a.dtype.kind == "i":
         quotient += (quotient * b != a) & ((a < 0) != (b < 0))
     return quotient
-
-
-def mul_hi(a, b):
-    if a.dtype.itemsize < 8:
-        double = f"{a.dtype.kind}{2 * a.dtype.itemsize}"
-        return (a.astype(double) * b.astype(double) >> 8 * a.dtype.itemsize).astype(a.dtype)
-    # Four products of halves; a signed operand is an unsigned one minus 2^64 where it is negative.
-    x, y = a.view("u8"), b.view("u8")
-    low, half = np.uint64(2**32 - 1), np.uint64(32)
-    middle = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
-    other = (x & low) * (y >> half) + (middle & low)
-    high = (x >> half) * (y >> half) + (middle >> half) + (other >> half)
-    if a.dtype.kind == "i":
-        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
-    return high.view(a.dtype)
 
 
 def shift(a, by, operation):
@@ -262,53 +222,28 @@ def prmt(a, b, selector):
     return result
 
 
-def lop3(a, b, c, table):
-    result = np.zeros_like(a)
-    for k in range(8):
-        if int(table[0]) >> k & 1:
-            result = result | (a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c)
-    return result
-
-
 def bfe(a, start, length):
-    if a.dtype.kind == "i":
-        raise NotImplementedError("bfe of signed integers")
-    mask = (np.uint64(1) << np.minimum(length, 64).astype("u8")) - np.uint64(1)
-    return (shift(a, start, np.right_shift).astype("u8") & mask).astype(a.dtype)
+    """Bits ``start`` to ``start + length``, of a signed ``a`` with the sign of their last."""
+    bits = 8 * a.dtype.itemsize
+    if a.dtype.kind == "u":
+        kept = np.where(
+            length < bits, (np.uint64(1) << length.astype("u8")) - np.uint64(1), 2**64 - 1
+        )
+        return shift(a, start, np.right_shift) & kept.astype(a.dtype)
+    left = np.maximum(bits - start.astype("i8") - length, 0)
+    field = shift(shift(a, left, np.left_shift), left + start, np.right_shift)
+    return np.where(length == 0, a.dtype.type(0), field)
 
 
-def clz(a):
-    bits = np.frexp(a.astype("f8"))[1] if a.dtype.itemsize < 8 else None
-    if bits is None:
-        raise NotImplementedError("clz.b64")
-    return (8 * a.dtype.itemsize - bits).astype("u4")
+# Instructions of whole warps. ``s`` knows which threads run, and that their warps are whole.
 
 
-# Instructions of whole warps. ``s`` knows which threads run and that their warps are whole.
+def shuffle(s, a, by, limits, members):
+    """Of the thread whose number differs by ``by``, in its binary digits."""
+    s.check_members(members, limits == 31)
+    return s.by_warp(a)[:, np.arange(32) ^ int(by[0])].reshape(-1)
 
 
-def shuffle(s, a, by, limits, kind):
-    a = s.by_warp(a)
-    lane = np.arange(32)
-    by = (by & np.uint32(31)).astype("i8")
-    by = by if by.size == 1 else s.by_warp(by)
-    clamp, segments = int(limits[0]) & 31, int(limits[0]) >> 8 & 31
-    lowest = lane & segments
-    highest = lowest | (clamp & ~segments)
-    if kind == "bfly":
-        source = lane ^ by
-    elif kind == "idx":
-        source = lowest | (by & ~segments)
-    elif kind == "down":
-        source = lane + by
-    else:
-        source = np.where(lane - by >= highest, lane - by, lane)  # up: the clamp is a lower end
-        highest = np.full(32, 31)
-    source = np.where(source <= highest, source, lane)
-    if source.ndim == 1:
-        return a[:, source].reshape(-1)
-    return np.take_along_axis(a, source, axis=1).reshape(-1)
-
-
-def reduce_warp(s, a, operation):
+def reduce_warp(s, a, members, operation):
+    s.check_members(members)
     return operation.reduce(s.by_warp(a), axis=1, dtype=a.dtype).repeat(32)

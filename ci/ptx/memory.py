@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import PtxError
-from .parser import Instruction
+from .parser import Instruction, PtxError
 
 # A tensor argument's pointer is its number in the upper bits and its address in the lower: an
 # address far out of bounds is still known to be derived from that argument.
@@ -94,14 +92,33 @@ class Access(NamedTuple):
 @dataclass
 class View:
     """What one argument lets a kernel touch: bytes ``low`` to ``high`` of a memory and of those,
-    where there are gaps, the ``legal`` ones."""
+    where there are gaps, the ``legal`` ones.
+
+    in_place: values may be overwritten. extends: the tensor stands for all of its storage from its
+    first element on.
+    """
 
     name: str
-    memory: Memory
-    origin: int  # what to subtract from a pointer
-    low: int
-    high: int
-    legal: np.ndarray | None
+    tensor: Tensor
+    in_place: bool = False
+    extends: bool = False
+    legal: np.ndarray | None = None
+
+    def __post_init__(self):
+        tensor, storage = self.tensor, self.tensor.untyped_storage()
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        self.start = tensor.data_ptr()
+        self.end = self.start + (last + 1) * tensor.element_size()
+        if self.extends:
+            self.end = storage.data_ptr() + storage.nbytes()
+
+    def place(self, memory: Memory, base: int, tag: int) -> None:
+        self.memory = memory
+        self.origin = (tag << TAG) + base  # what to subtract from a pointer
+        self.low, self.high = self.start - base, self.end - base
+        if not (self.extends or self.tensor.is_contiguous() or memory.data.size >= VIRTUAL):
+            self.legal = np.zeros(memory.data.size, bool)
+            self.legal[self.low : self.high] = _elements(self.tensor, self.high - self.low)
 
     def allows(self, at: np.ndarray, width: int) -> np.ndarray | bool:
         if at.min() < self.low or at.max() + width > self.high:
@@ -112,55 +129,26 @@ class View:
         return words.view("u1").reshape(-1, width).all(axis=1)
 
 
-@dataclass(frozen=True)
-class Argument:
-    """A tensor of a launch. in_place: may be written though it holds values; extends: stands for
-    all of its storage from here on."""
-
-    name: str
-    tensor: Tensor
-    in_place: bool = False
-    extends: bool = False
-
-    def span(self) -> tuple[int, int]:
-        """First address and end."""
-        tensor, start = self.tensor, self.tensor.data_ptr()
-        if self.extends:
-            storage = tensor.untyped_storage()
-            return start, storage.data_ptr() + storage.nbytes()
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        return start, start + (last + 1) * tensor.element_size()
-
-
-def views_of(arguments: Sequence[Argument | None]) -> dict[int, View]:
-    """By tag, that is position plus 1. Arguments of one storage share their memory."""
-    groups: dict[int, list[tuple[int, Argument]]] = {}
-    for tag, argument in enumerate(arguments, 1):
-        if argument is not None and argument.tensor.numel():
-            storage = argument.tensor.untyped_storage().data_ptr()
-            groups.setdefault(storage, []).append((tag, argument))
-    found = {}
-    for group in groups.values():
-        spans = [argument.span() for _, argument in group]
-        base = min(start for start, _ in spans) // 32 * 32
-        size = -(-(max(end for _, end in spans) - base) // 32) * 32
-        data = _raw(base, size)
-        fresh = np.zeros(size if size < VIRTUAL else 0, bool)
-        for (_, argument), (start, end) in zip(group, spans, strict=True):
-            if size < VIRTUAL:
-                part = slice(start - base, end - base)
-                _find_fresh(fresh[part], data[part], argument)
-        in_place = size >= VIRTUAL or any(argument.in_place for _, argument in group)
-        memory = Memory(data, fresh if fresh.any() else None, in_place)
-        for (tag, argument), (start, end) in zip(group, spans, strict=True):
-            legal = None
-            if not (argument.extends or argument.tensor.is_contiguous() or size >= VIRTUAL):
-                legal = np.zeros(size, bool)
-                legal[start - base : end - base] = _elements(argument.tensor, end - start)
-            found[tag] = View(
-                argument.name, memory, (tag << TAG) + base, start - base, end - base, legal
-            )
-    return found
+def place(views: dict[int, View]) -> None:
+    """Gives views, by tag, their memory. Those of one storage share it."""
+    groups: dict[int, list[int]] = {}
+    for tag, view in views.items():
+        groups.setdefault(view.tensor.untyped_storage().data_ptr(), []).append(tag)
+    for tags in groups.values():
+        group = [views[tag] for tag in tags]
+        base = min(view.start for view in group) // 32 * 32
+        size = -(-(max(view.end for view in group) - base) // 32) * 32
+        data, fresh = _raw(base, size), None
+        if size < VIRTUAL:
+            flags = np.zeros(size, bool)
+            for view in group:
+                part = slice(view.start - base, view.end - base)
+                _find_fresh(flags[part], data[part], view.tensor.element_size())
+            fresh = flags if flags.any() else None
+        in_place = size >= VIRTUAL or any(view.in_place for view in group)
+        memory = Memory(data, fresh, in_place)
+        for view, tag in zip(group, tags, strict=True):
+            view.place(memory, base, tag)
 
 
 def _elements(tensor: Tensor, size: int) -> np.ndarray:
@@ -171,8 +159,7 @@ def _elements(tensor: Tensor, size: int) -> np.ndarray:
     return flags.numpy().repeat(tensor.element_size())
 
 
-def _find_fresh(fresh: np.ndarray, data: np.ndarray, argument: Argument) -> None:
-    size = argument.tensor.element_size()
+def _find_fresh(fresh: np.ndarray, data: np.ndarray, size: int) -> None:
     if size == 1:
         return  # every byte may be a value
     marked = (data.view("u2") == UNWRITTEN).reshape(-1, size // 2).all(axis=1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .errors import PtxError
+
+class PtxError(Exception):
+    """What a kernel did that it must not, and where in its PTX and its source."""
+
 
 TERMINATORS = {"bra": "branch", "ret": "exit", "exit": "exit", "bar": "barrier"}
 WIDTHS = {"pred": "?", "b16": "u2", "b32": "u4", "b64": "u8", "f32": "u4", "f64": "u8"}
@@ -96,7 +99,7 @@ def parse(ptx: str) -> Program:
             elif not re.match(r"\.(pragma|loc)|\.reg \.b\d+\s+%SP", statement):
                 instruction = _instruction(statement, where)
                 blocks[-1].instructions.append(instruction)
-                if instruction.name in TERMINATORS and instruction.modifiers[:1] != ("warp",):
+                if instruction.name in TERMINATORS:
                     blocks[-1].kind = TERMINATORS[instruction.name]
                     blocks.append(Block())
     for block in blocks:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import instructions
-from .errors import PtxError
-from .parser import Address, Block, Immediate, Instruction, Operand, Program, Register
+from .parser import Address, Block, Immediate, Instruction, Operand, Program, PtxError, Register
 
 # PTX types as NumPy types. 16-bit floats are decoded for arithmetic; "pair": two values a register.
 TYPES = {
@@ -27,12 +26,14 @@ for _line in instructions.TABLE.strip().split("\n"):
     _letters = [t for part in _sources.split(",") for t in ([part] if part[1:].isdigit() else part)]
     for _name in _names.split():
         TABLE[_name] = (_letters, _result, _expression)
+# What other types would round or err otherwise.
+F32_ONLY = {name for name in TABLE if name.startswith("fma") or "approximate" in TABLE[name][2]}
+F32_ONLY |= {"lg2.approx"}
 SPACES = ("global", "shared", "param")
 # What says where a value may be cached, or in which order it is seen: neither is modelled.
 HINTS = {"relaxed", "weak", "volatile", "gpu", "cta", "sys", "nc", "ca", "cg", "cs", "lu", "cv",
          "wt", "wb", "L2::cache_hint"}  # fmt: skip
 HINTS |= {f"L1::{p}" for p in ("evict_first", "evict_last", "evict_normal", "no_allocate")}
-ROUNDINGS = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def translate(program: Program) -> list[Callable]:
         for instruction in block.instructions:
             for name in _mentioned(instruction):
                 homes.setdefault(name, set()).add(number)
-    scope = {**vars(instructions), "ROUNDINGS": ROUNDINGS}
+    scope = dict(vars(instructions))
     sources = [
         _Writer(program, homes, scope).function(number, block)
         for number, block in enumerate(program.blocks)
@@ -87,6 +88,7 @@ class _Writer:
     homes: dict[str, set[int]]
     scope: dict  # names that the functions find, constants among them
     types: dict[str, str] = field(default_factory=dict)  # local variable -> its NumPy type now
+    kept_before: set[str] = field(default_factory=set)
     kept: dict[str, None] = field(default_factory=dict)  # to be written back at the end
     lines: list[str] = field(default_factory=list)
     number: int = 0
@@ -99,13 +101,11 @@ class _Writer:
             start = len(self.lines)
             if instruction.name in ("bra", "ret", "exit"):
                 flags = self.predicate(instruction)
-            elif instruction.name == "bar" and instruction.modifiers[:1] != ("warp",):
-                if instruction.opcode != "bar.sync" or instruction.operands != (Immediate(0),):
-                    raise _unknown(instruction)
-                if instruction.predicate:
+            elif instruction.name == "bar":
+                if instruction.text != "bar.sync 0":
                     raise _unknown(instruction)
             else:
-                self.write(instruction)
+                getattr(self, f"_{instruction.name}", self.table)(instruction)
             if len(self.lines) > start:
                 self.lines[start] += f"  # {instruction.text}"
         for name in self.kept:
@@ -120,6 +120,7 @@ class _Writer:
     def read(self, name: str) -> None:
         if name not in self.types:
             self.types[name] = self.width(name)
+            self.kept_before.add(name)
             self.lines.append(f" {name} = s.get({name!r})")
 
     def predicate(self, instruction: Instruction) -> str | None:
@@ -171,23 +172,13 @@ class _Writer:
             raise _unknown(instruction)
         if instruction.predicate:
             flags = self.predicate(instruction)
-            if name not in self.types and self.homes[name] == {self.number}:
-                self.types[name] = whole
-                self.lines.append(f" {name} = s.undefined({whole!r})")
             text = f"np.where({flags}, {text}, {self.use(target, kind)})"
         self.types[name] = kind
         self.lines.append(f" {name} = {text}")
-        if self.homes[name] != {self.number}:
+        if self.homes[name] != {self.number} or name in self.kept_before:
             self.kept[name] = None
 
     # One method a kind of instruction.
-
-    def write(self, instruction: Instruction) -> None:
-        special = getattr(self, f"_{instruction.name}", None)
-        if special is not None:
-            special(instruction)
-        else:
-            self.table(instruction)
 
     def table(self, instruction: Instruction) -> None:
         modifiers = list(instruction.modifiers)
@@ -203,9 +194,9 @@ class _Writer:
         if name not in TABLE or not kinds or (flush and kinds != ["f32"]):
             raise _unknown(instruction)
         letters, result, expression = TABLE[name]
-        if len(letters) != len(sources):
-            raise _unknown(instruction)
         kind = kinds[0]
+        if len(letters) != len(sources) or (name in F32_ONLY and kind not in ("f32", "f32x2")):
+            raise _unknown(instruction)
         bits_only = name in ("selp", "and", "or", "xor", "not")
         values = []
         for position, (source, letter) in enumerate(zip(sources, letters, strict=True)):
@@ -243,17 +234,12 @@ class _Writer:
     def _setp(self, instruction: Instruction) -> None:
         comparison, *combine, kind = instruction.modifiers
         target, a, b, *other = instruction.operands
-        if (
-            comparison not in instructions.COMPARE
-            or kind not in TYPES
-            or len(combine) != len(other)
-        ):
+        compare = instructions.COMPARE.get(comparison)
+        if compare is None or kind not in TYPES or len(combine) != len(other):
             raise _unknown(instruction)
+        if comparison == "ne" and "f" not in kind:
+            compare = "{0} != {1}"
         values = [self.decoded(self.use(x, TYPES[kind]), kind) for x in (a, b)]
-        # Of integers != is shorter.
-        compare = instructions.COMPARE[
-            "neu" if comparison == "ne" and "f" not in kind else comparison
-        ]
         text = f"({compare.format(*values)})"
         if combine:
             symbol = {"and": "&", "or": "|", "xor": "^"}[combine[0]]
@@ -290,27 +276,19 @@ class _Writer:
     def _cvt(self, instruction: Instruction) -> None:
         *modifiers, to, source = instruction.modifiers
         target, *operands = instruction.operands
-        rounding = [m for m in modifiers if m in ROUNDINGS]
-        if set(modifiers) - {"rn", *ROUNDINGS} or not {to, source} <= set(TYPES):
+        if modifiers not in ([], ["rn"]) or not {to, source} <= set(TYPES):
             raise _unknown(instruction)
         values = [self.decoded(self.use(o, TYPES[source]), source) for o in operands]
         if to in PAIRS:
             high, low = values
             text = f"to_pair(np.stack(np.broadcast_arrays({low}, {high}), 1), {to!r})"
-            return self.assign(instruction, target, text, TYPES[to])
-        (text,) = values
-        to_float, from_float = "f" in to, "f" in source
-        if rounding and from_float and not to_float:
-            text = f"to_integer({text}, ROUNDINGS[{rounding[0]!r}], {TYPES[to]!r})"
-        elif rounding:
-            text = f"ROUNDINGS[{rounding[0]!r}]({text})"
-        elif from_float and not to_float:
+        elif "f" in to:
+            narrow = to in NARROW
+            text = self.encoded(f"{values[0]}.astype({'f4' if narrow else TYPES[to]!r})", to)
+        elif "f" not in source:
+            text = f"{values[0]}.astype({TYPES[to]!r})"
+        else:
             raise _unknown(instruction)
-        if to_float:
-            text = f"{text}.astype({'f4' if to in NARROW else TYPES[to]!r})"
-            text = self.encoded(text, to)
-        elif not from_float:
-            text = f"{text}.astype({TYPES[to]!r})"
         self.assign(instruction, target, text, TYPES[to])
 
     def _createpolicy(self, instruction: Instruction) -> None:
@@ -377,11 +355,8 @@ class _Writer:
         name = f"access_{len(self.scope)}"
         width = count * int(element[1])
         self.scope[name] = MemoryAccess(instruction, space, width, count, element)
-        where = self.use(address.base, "u8" if space == "global" else "u4")
-        if space == "shared":
-            where = f"{where}.astype('i8')"
-        else:
-            where = f"{where}.view('i8')"
+        where = self.use(address.base, "i8" if space == "global" else "u4")
+        where += ".astype('i8')" if space == "shared" else ""
         return name, f"{where} + {address.offset}" if address.offset else where
 
 
