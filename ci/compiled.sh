@@ -9,6 +9,8 @@
 #   bash ci/compiled.sh sm_90 -k metrics    further arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ci/env.sh
+help_if_asked "$@"
 PYTHON="${PYTHON:-.venv/bin/python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 unset TRITON_INTERPRET

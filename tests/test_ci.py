@@ -149,7 +149,7 @@ class TestMaking:
         run = start(checkout)
         wait_for(checkout / ".venv" / "bin" / "python")
         os.killpg(run.pid, number)
-        run.communicate(timeout=30)
+        run.communicate(timeout=120)
         assert run.returncode != 0
         (checkout / ".venv" / "pip").touch()  # whatever it looks like
         (checkout / ".venv" / "rest").touch()

@@ -582,15 +582,22 @@ def test_settings_are_checked(formula, settings, error, words):
 
 
 MODULE = """
+import dataclasses
+
+import torch
+
 import dl_norm
 from dl_norm.surrogates import Surrogate
 
 def loss(log_prob, ratio, advantage, scale=1.0):
     return -scale * ratio * advantage
 
+@dataclasses.dataclass(frozen=True)
 class Mine(Surrogate):
-    def __init__(self, bound=1.0):
-        self.bound = bound
+    bound: float = 1.0
+
+    def formula(self, log_prob, ratio, advantage):
+        return -advantage * torch.clamp(ratio, max=self.bound)
 
 made = Mine(3.0)
 of_formula = dl_norm.surrogate(loss, scale=2.0)

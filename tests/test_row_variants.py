@@ -256,7 +256,7 @@ def test_masks_of_other_dtypes(mask_dtype, entry, impl, device):
         ({"ratio_level": "sequence"}, ValueError, r"_policy_loss has ratio_level='token' alone"),
         ({"ratio_level": "sequence_token"}, ValueError, "pass them to policy_loss"),
         ({"ratio_level": "word"}, ValueError, "ratio_level must be one of"),
-        ({"surrogate": "ppo"}, ValueError, "surrogate must be one of"),
+        ({"surrogate": "ppo"}, ValueError, "there is no surrogate 'ppo'"),
         ({"surrogate": "sapo", "dual_clip": 3.0}, ValueError, "has no effect with surrogate"),
         ({"surrogate": "cispo", "delta": 3.0}, ValueError, "has no effect with surrogate"),
         ({"sapo_temperature_pos": 2.0}, ValueError, "has no effect with surrogate"),

@@ -340,7 +340,7 @@ def test_a_token_loss_of_the_users_own(model_path, tmp_path, monkeypatch, fused)
     module = ModuleType("my_trl_losses")
     module.squared = squared
     monkeypatch.setitem(sys.modules, "my_trl_losses", module)
-    trainer = build(
+    trainer, _ = build(
         DeltaLGRPOTrainer, model_path, tmp_path,
         surrogate="my_trl_losses:squared", fused_lm_head=fused, max_steps=1,
     )  # fmt: skip
