@@ -347,7 +347,8 @@ def test_a_token_loss_of_the_users_own(model_path, tmp_path, monkeypatch, fused)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert trainer.state.log_history[0]["ratio_squared"] == pytest.approx(1.0, rel=1e-3)
+    cpu = {"use_cpu": True, "bf16": False}
     with pytest.raises(ValueError, match=r"epsilon=0.1 has no effect with surrogate="):
-        DeltaLGRPOConfig(str(tmp_path), surrogate="my_trl_losses:squared", epsilon=0.1)
+        DeltaLGRPOConfig(str(tmp_path), **cpu, surrogate="my_trl_losses:squared", epsilon=0.1)
     with pytest.raises(ValueError, match="there is no module 'nowhere'"):
-        DeltaLGRPOConfig(str(tmp_path), surrogate="nowhere:loss")
+        DeltaLGRPOConfig(str(tmp_path), **cpu, surrogate="nowhere:loss")
