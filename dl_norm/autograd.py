@@ -21,7 +21,6 @@ PolicyMasks = tuple[Tensor | None, Tensor | None]
 
 def _launch(*args) -> tuple[Tensor, Tensor, Tensor]:
     from . import launch  # needs Triton, which the "torch" implementation does not
-
     from .batch import batch_of
     from .surrogates import token_loss_of
 

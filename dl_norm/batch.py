@@ -49,7 +49,9 @@ def batch_of(
         if values.shape == log_probs.shape or cu_seqlens is None:
             return values
         positions = cu_seqlens.new_tensor(range(log_probs.shape[0]))
-        return values[(positions[:, None] >= cu_seqlens[1:]).sum(-1).clamp(max=per_sequence[0] - 1), 0]
+        return values[
+            (positions[:, None] >= cu_seqlens[1:]).sum(-1).clamp(max=per_sequence[0] - 1), 0
+        ]
 
     policy_weights = None if rollout_weights is None else either(rollout_weights)
     for mask_of in (None if sequence_mask is None else sequence_mask[:, None], entropy_mask):
@@ -61,7 +63,11 @@ def batch_of(
             continue
         if policy_weights.shape != kept.shape:
             policy_weights, kept = spread(policy_weights), spread(kept)
-        policy_weights = policy_weights * kept if policy_weights.dtype == kept.dtype else policy_weights.where(kept, 0)
+        policy_weights = (
+            policy_weights * kept
+            if policy_weights.dtype == kept.dtype
+            else policy_weights.where(kept, 0)
+        )
     return Batch(
         log_probs, old_log_probs, ref_log_probs, either(advantages), mask, policy_weights, weights,
         cu_seqlens,

@@ -106,7 +106,7 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel() == 0:
         return out
-    block = 4096
+    block = 2048
     with torch.accelerator.device_index(grad.device.index):
         policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), block),)](
             grad, grad_output, out, grad.numel(), IN_PLACE=in_place, BLOCK=block,
@@ -153,9 +153,7 @@ def _of_tokens(batch: Batch, tokens: int) -> TokenStreams:
     )
 
 
-def _of_sequences(
-    values: Tensor | None, of_tokens: Tensor | None, sequences: int
-) -> Tensor | None:
+def _of_sequences(values: Tensor | None, of_tokens: Tensor | None, sequences: int) -> Tensor | None:
     return None if of_tokens is not None else contiguous(values, sequences)
 
 

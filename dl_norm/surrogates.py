@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from .options import PolicyLossOptions
 
-
 KINDS: dict[str, type[Surrogate]] = {}
 
 
