@@ -8,7 +8,7 @@ logit / temperature, after an optional soft cap.
 import triton
 import triton.language as tl
 
-from .surrogates import NUM_METRICS, clamped_ratio, policy_term, token_kl, token_metrics
+from .surrogates import NUM_METRICS, clamped_ratio, token_metrics, token_terms, unit_ratio
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -79,7 +79,7 @@ def _row_sums(
 
 @triton.jit
 def _row_max(INTERIOR, EDGE, rest, in_edge, parts, softcap, POLICY: tl.constexpr):
-    whole, interior, edges = parts
+    _, interior, _ = parts
     largest = tl.max(_load(EDGE, in_edge, softcap, POLICY), axis=0)
     of_groups = tl.full([rest.shape[0]], LOWEST, tl.float32)
     for start in range(0, interior, rest.numel):
@@ -147,9 +147,10 @@ def logits_policy_loss_kernel(
     program_id`` of the N = ``rows`` tokens of the other tensors. GRAD is (R, V) and contiguous, its
     rows as far from a 16-byte boundary as those of LOGITS, and may be LOGITS.
 
-    PARTIALS is (1 or 10 + NUM_EXTRAS, N) in the order of policy_loss_fwd_kernel, one column a
-    token. What is absent is None; without a surrogate only the log-prob and the entropy are
-    written.
+    PARTIALS is (1, N), or with METRICS (10 + NUM_EXTRAS, N), in the order of
+    policy_loss_fwd_kernel, one column a token. What is absent is None; without a surrogate only the
+    log-prob and the entropy are written. A row that is not active is not read, its gradient is 0,
+    and LOG_PROBS, ENTROPY and PARTIALS keep what they hold.
     """
     pid = tl.program_id(0).to(tl.int64)
     n = first_row + pid
@@ -217,25 +218,18 @@ def logits_policy_loss_kernel(
                 raw = log_prob - tl.load(OLD_LOG_PROBS + n).to(tl.float32)
                 log_ratio, ratio, outside = clamped_ratio(raw, log_ratio_clamp)
             else:
-                log_ratio = tl.zeros_like(log_prob)
-                ratio = log_ratio + 1.0
-                outside = ratio < 0.0
+                log_ratio, ratio, outside = unit_ratio(log_prob)
             policy_weight = None
             if POLICY_WEIGHTS is not None:
                 policy_weight = tl.load(POLICY_WEIGHTS + n).to(tl.float32)
-            loss, through_ratio, past_ratio, below, above, extras = policy_term(
-                surrogate, log_prob, ratio, outside, advantage, policy_weight
-            )
-            grad = through_ratio + past_ratio
-            kl = tl.zeros_like(log_prob)
+            ref_log_prob = None
             if REF_LOG_PROBS is not None:
-                kl, kl_grad = token_kl(log_prob, tl.load(REF_LOG_PROBS + n).to(tl.float32))
-                if BIAS_CORRECTED_KL:
-                    kl *= ratio
-                    kl_grad = kl_grad * ratio + tl.where(outside, 0.0, kl)
-                # Not 0 * inf where the reference is read for its metric alone.
-                loss += tl.where(beta > 0, beta * kl, 0.0)
-                grad += tl.where(beta > 0, beta * kl_grad, 0.0)
+                ref_log_prob = tl.load(REF_LOG_PROBS + n).to(tl.float32)
+            loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
+                surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
+                BIAS_CORRECTED_KL,
+            )  # fmt: skip
+            grad = through_ratio + past_ratio
             # What does not depend on the log-prob does not know that it is NaN.
             weight = tl.where(in_vocabulary, tl.load(WEIGHTS + n), float("nan"))
             grad *= weight * inverse_temperature
@@ -244,7 +238,7 @@ def logits_policy_loss_kernel(
                 counted = tl.full([], True, tl.int1)
                 metrics = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)
                 for k in tl.static_range(NUM_METRICS):
-                    tl.store(PARTIALS + (1 + k) * rows + n, metrics[k].to(tl.float32))
+                    tl.store(PARTIALS + (1 + k) * rows + n, metrics[k])
                 for k in tl.static_range(NUM_EXTRAS):
                     tl.store(PARTIALS + (1 + NUM_METRICS + k) * rows + n, extras[k])
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .surrogates import NUM_METRICS, clamped_ratio, policy_term, token_kl, token_metrics
+from .surrogates import NUM_METRICS, clamped_ratio, token_metrics, token_terms, unit_ratio
 
 
 class TokenStreams(NamedTuple):
@@ -38,7 +38,7 @@ def _load(PTR, start, lane, wanted):
 
 @triton.jit
 def _load_float(PTR, start, lane, wanted):
-    # Not None where there is none: Triton 3.6 returns no None within a tuple.
+    """0 of what is absent: before Triton 3.7 no function can return None."""
     if PTR is None:
         return tl.zeros(lane.shape, tl.float32)
     else:
@@ -47,14 +47,14 @@ def _load_float(PTR, start, lane, wanted):
 
 @triton.jit
 def _load_tile(tokens, start, lane, in_bounds):
-    """Which tokens count, and the streams of numbers; of one that is not there, 0. ``in_bounds``
-    None: the whole tile is."""
+    """Which tokens count, and the streams of numbers. ``in_bounds`` None: the whole tile is."""
     counted = in_bounds
     wanted = in_bounds
     if tokens.mask is not None:
         mask = _load(tokens.mask, start, lane, in_bounds)
         if mask.dtype.is_fp16() or mask.dtype.is_bf16():
-            mask = mask.to(tl.int16, bitcast=True) & 0x7FFF  # all but the sign
+            # All but the sign. LLVM packs the results of 16-bit comparisons bit by bit.
+            mask = mask.to(tl.int16, bitcast=True) & 0x7FFF
         counted = mask != 0
         if in_bounds is None:
             # A vector of padding alone is not read. What is asked for must be the same for a whole
@@ -154,35 +154,25 @@ def _tile_loss(
     weight = _of_sequence(WEIGHTS, seq, later, lane)
     if tokens.advantages is None:
         advantage = _of_sequence(ADVANTAGES, seq, later, lane)
-    if tokens.policy_weights is None:
+    if POLICY_WEIGHTS is not None:
+        policy_weight = _of_sequence(POLICY_WEIGHTS, seq, later, lane)
+    elif tokens.policy_weights is None:
         policy_weight = None
-        if POLICY_WEIGHTS is not None:
-            policy_weight = _of_sequence(POLICY_WEIGHTS, seq, later, lane)
 
-    raw = None
+    if tokens.ref_log_probs is None:
+        ref_log_prob = None
+
     if LOG_RATIO_MEANS is not None:
-        raw = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
+        log_ratio_mean = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
+        log_ratio, ratio, outside = clamped_ratio(log_ratio_mean, log_ratio_clamp)
     elif tokens.old_log_probs is not None:
-        raw = log_prob - old_log_prob
-    if raw is None:
-        log_ratio = tl.zeros(lane.shape, tl.float32)
-        ratio = log_ratio + 1.0
-        outside = ratio < 0.0
+        log_ratio, ratio, outside = clamped_ratio(log_prob - old_log_prob, log_ratio_clamp)
     else:
-        log_ratio, ratio, outside = clamped_ratio(raw, log_ratio_clamp)
-    loss, through_ratio, past_ratio, below, above, extras = policy_term(
-        surrogate, log_prob, ratio, outside, advantage, policy_weight
-    )
-    kl = tl.zeros(lane.shape, tl.float32)
-    if tokens.ref_log_probs is not None:
-        kl, kl_grad = token_kl(log_prob, ref_log_prob)
-        if BIAS_CORRECTED_KL:
-            kl *= ratio
-            kl_grad *= ratio
-            through_ratio += tl.where(outside | (beta == 0), 0.0, beta * kl)
-        # Not 0 * inf where the reference is read for its metric alone.
-        loss += tl.where(beta > 0, beta * kl, 0.0)
-        past_ratio += tl.where(beta > 0, beta * kl_grad, 0.0)
+        log_ratio, ratio, outside = unit_ratio(weight)
+    loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
+        surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
+        BIAS_CORRECTED_KL,
+    )  # fmt: skip
     if RATIO_GRADS is not None:
         through_ratio = _of_sequence(RATIO_GRADS, seq, later, lane)
 
@@ -321,27 +311,28 @@ def policy_loss_sequence_kernel(
         first = tl.minimum(tl.maximum(tl.load(CU_SEQLENS + seq).to(tl.int64), 0), N)
         end = tl.minimum(tl.load(CU_SEQLENS + seq + 1).to(tl.int64), N)
 
-    tokens_counted = tl.zeros([BLOCK], tl.float32)
+    lengths = tl.zeros([BLOCK], tl.float32)
     log_ratios = tl.zeros([BLOCK], tl.float32)
     position = first
     while position < end:
         counted = _counted(tokens.mask, position + lane, end)
-        tokens_counted += tl.where(counted, 1.0, 0.0)
+        lengths += tl.where(counted, 1.0, 0.0)
         if tokens.old_log_probs is not None:
             log_prob = _load_counted(tokens.log_probs, position + lane, counted)
             log_ratios += log_prob - _load_counted(tokens.old_log_probs, position + lane, counted)
         position += BLOCK
-    length = tl.maximum(tl.sum(tokens_counted, axis=0), 1.0)
+    length = tl.maximum(tl.sum(lengths, axis=0), 1.0)
     mean = tl.sum(log_ratios, axis=0) / length
     if LOG_RATIO_MEANS is not None:
         tl.store(LOG_RATIO_MEANS + seq, mean)
 
     if RATIO_GRADS is not None:
-        log_ratio, ratio, outside = clamped_ratio(mean, log_ratio_clamp)
-        if tokens.old_log_probs is None:
-            ratio = 1.0  # exactly
-        of_block = tl.zeros([BLOCK], tl.float32)
-        grads = of_block
+        like = tl.zeros([BLOCK], tl.float32)
+        if tokens.old_log_probs is not None:
+            _, ratio, outside = clamped_ratio(like + mean, log_ratio_clamp)
+        else:
+            _, ratio, outside = unit_ratio(like)
+        grads = like
         position = first
         while position < end:
             counted = _counted(tokens.mask, position + lane, end)
@@ -349,20 +340,20 @@ def policy_loss_sequence_kernel(
             if tokens.advantages is not None:
                 advantage = _load_counted(tokens.advantages, position + lane, counted)
             else:
-                advantage = of_block + tl.load(ADVANTAGES + seq).to(tl.float32)
+                advantage = like + tl.load(ADVANTAGES + seq).to(tl.float32)
             policy_weight = None
             if tokens.policy_weights is not None:
                 policy_weight = _load_counted(tokens.policy_weights, position + lane, counted)
             elif POLICY_WEIGHTS is not None:
-                policy_weight = of_block + tl.load(POLICY_WEIGHTS + seq).to(tl.float32)
-            loss, through_ratio, past_ratio, below, above, extras = policy_term(
-                surrogate, log_prob, of_block + ratio, outside, advantage, policy_weight
-            )
+                policy_weight = like + tl.load(POLICY_WEIGHTS + seq).to(tl.float32)
+            ref_log_prob = None
             if BIAS_CORRECTED_KL:
                 ref_log_prob = _load_counted(tokens.ref_log_probs, position + lane, counted)
-                kl, kl_grad = token_kl(log_prob, ref_log_prob)
-                through_ratio += tl.where(outside, 0.0, beta * ratio * kl)
-            grads += tl.where(counted, through_ratio, 0.0)
+            terms = token_terms(
+                surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
+                BIAS_CORRECTED_KL,
+            )  # fmt: skip
+            grads += tl.where(counted, terms[1], 0.0)
             position += BLOCK
         tl.store(RATIO_GRADS + seq, tl.sum(grads, axis=0) / length)
 

@@ -67,18 +67,11 @@ def clamped_ratio(raw, log_ratio_clamp):
 
 
 @triton.jit
-def policy_term(surrogate, log_prob, ratio, outside, advantage, policy_weight):
-    """What the surrogate, (function, settings), returns, outside the clamp without a derivative
-    through the ratio, times the token's policy weight or None. Weight 0 drops the term, whatever
-    its factors are: not 0 * inf."""
-    term = surrogate[0](log_prob, ratio, advantage, *surrogate[1])
-    loss, through_ratio, past_ratio = term[0], tl.where(outside, 0.0, term[1]), term[2]
-    if policy_weight is not None:
-        kept = policy_weight != 0
-        loss = tl.where(kept, policy_weight * loss, 0.0)
-        through_ratio = tl.where(kept, policy_weight * through_ratio, 0.0)
-        past_ratio = tl.where(kept, policy_weight * past_ratio, 0.0)
-    return loss, through_ratio, past_ratio, term[3], term[4], term[5:]
+def unit_ratio(like):
+    """What clamped_ratio returns without an old policy: the ratio is exactly 1."""
+    log_ratio = tl.zeros_like(like)
+    ratio = log_ratio + 1.0
+    return log_ratio, ratio, ratio < 0.0
 
 
 @triton.jit
@@ -88,6 +81,39 @@ def token_kl(log_prob, ref_log_prob):
     difference = ref_log_prob - log_prob
     exp_difference = tl.exp(difference)
     return exp_difference - difference - 1.0, 1.0 - exp_difference
+
+
+@triton.jit
+def token_terms(
+    surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
+    BIAS_CORRECTED_KL: tl.constexpr,
+):  # fmt: skip
+    """The policy term of a token and its KL term. ``surrogate`` is (token loss, settings);
+    policy_weight and ref_log_prob may be None.
+
+    Returns loss, derivative through the ratio, derivative past it, clipped low, clipped high, KL,
+    and the further values of the token loss.
+    """
+    term = surrogate[0](log_prob, ratio, advantage, *surrogate[1])
+    loss, through_ratio, past_ratio = term[0], tl.where(outside, 0.0, term[1]), term[2]
+    if policy_weight is not None:
+        # Weight 0 drops the term, whatever its factors are: not 0 * inf.
+        kept = policy_weight != 0
+        loss = tl.where(kept, policy_weight * loss, 0.0)
+        through_ratio = tl.where(kept, policy_weight * through_ratio, 0.0)
+        past_ratio = tl.where(kept, policy_weight * past_ratio, 0.0)
+    kl = tl.zeros_like(loss)
+    if ref_log_prob is not None:
+        kl, kl_grad = token_kl(log_prob, ref_log_prob)
+        # Where the reference is read for its metric alone, not 0 * inf.
+        asked_for = beta > 0
+        if BIAS_CORRECTED_KL:
+            kl *= ratio
+            kl_grad *= ratio
+            through_ratio += tl.where(asked_for & (outside == 0), beta * kl, 0.0)
+        loss += tl.where(asked_for, beta * kl, 0.0)
+        past_ratio += tl.where(asked_for, beta * kl_grad, 0.0)
+    return loss, through_ratio, past_ratio, term[3], term[4], kl, term[5:]
 
 
 @triton.jit

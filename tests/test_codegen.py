@@ -62,9 +62,18 @@ def name(row):
 TOKENS_PER_THREAD = 8  # of the forward and the backward kernel
 
 
-def wide(dtypes):
-    """128-bit accesses that one pass of a thread over tensors of these dtypes needs."""
-    return sum(TOKENS_PER_THREAD * ITEMSIZE[dtype] // 16 for dtype in dtypes)
+def wide(dtypes, vector):
+    """128-bit accesses of a thread to tensors of these dtypes, of which it takes whole vectors."""
+    return sum(
+        TOKENS_PER_THREAD * ITEMSIZE[dtype] // 16
+        for dtype in dtypes
+        if vector * ITEMSIZE[dtype] >= 16
+    )
+
+
+def vector(case):
+    """Tokens in a vector: 16 bytes of log-probs."""
+    return 16 // ITEMSIZE[case["dtype"]]
 
 
 def token_dtypes(case):
@@ -107,15 +116,15 @@ def test_what_may_be_absent_is_covered(kernel, report):
 
 
 def test_nothing_spills(kernels):
-    """To memory. On gfx942 the kernels for 16-bit input with metrics keep up to 24 scalar registers
-    in lanes of a vector register, which the reader reports as scalar_spills."""
+    """To memory. On gfx942, where a predicate is a pair of scalar registers, kernels with metrics
+    keep up to 88 of those in lanes of two vector registers; the reader reports them apart."""
     spilled = {name(row): row["spill_bytes"] for row in kernels if row["spill_bytes"]}
     old = Version(triton.__version__) < Version("3.7")
     if spilled and old and all(row.endswith("on sm_80") for row in spilled):
         pytest.xfail(f"the assembler of Triton {triton.__version__} spills on sm_80: {spilled}")
     assert not spilled
     assert not {name(row): row["local_memory"] for row in kernels if row["local_memory"]}
-    assert all(row.get("scalar_spills", 0) <= 24 for row in kernels)
+    assert all(row.get("scalar_spills", 0) <= 88 for row in kernels)
 
 
 def test_no_double_precision(kernels):
@@ -132,9 +141,9 @@ def test_interior_loads_are_128_bit(kernels):
     for row in kernels:
         case = row["case"]
         if case["kernel"] == FWD:
-            expected = wide(token_dtypes(case))
+            expected = wide(token_dtypes(case), vector(case))
         elif case["kernel"] == BWD:
-            expected = wide([case["dtype"]])
+            expected = wide([case["dtype"]], 8)
             assert expected >= 1, name(row)
         else:
             continue
@@ -165,16 +174,16 @@ def test_interior_stores_are_128_bit(kernels):
         case = row["case"]
         found = row["stores"].get("128", 0)
         if case["kernel"] == FWD and case["grad"]:
-            once = wide(["bfloat16" if case["dtype"] == "bfloat16" else "float32"])
+            once = wide(["bfloat16" if case["dtype"] == "bfloat16" else "float32"], vector(case))
             assert found in (once, 2 * once), name(row)
         elif case["kernel"] == BWD:
-            assert found == wide([case["out"]]), name(row)
+            assert found == wide([case["out"]], 8), name(row)
         else:
             assert found == 0, name(row)
 
 
 # Registers a thread. The register file of 65,536 holds so many programs of 128 threads and 1024
-# tokens an SM: 64 -> 8, 80 -> 6, 128 -> 4, 160 -> 3 (50, 38, 25, 19 % occupancy).
+# tokens an SM: 64 -> 8, 72 -> 7, 80 -> 6, 128 -> 4 (50, 44, 38, 25 % occupancy).
 def register_budget(row):
     case = row["case"]
     if case["kernel"] == REDUCE:
@@ -184,7 +193,7 @@ def register_budget(row):
     if case["kernel"] == SEQUENCE:
         return 128  # one program a sequence: there are seldom more of them than fit
     if case["name"] in ("padded", "packed", "packed, mask", "bf16", "bf16 packed", "fp16"):
-        return 64
+        return 72
     return 128
 
 
@@ -200,9 +209,14 @@ def test_registers_within_budget(report, target):
 
 
 def test_registers_within_budget_on_gfx942(report):
-    """128 of 512 VGPRs: 4 waves of 64 on each SIMD."""
+    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss adds sums."""
     rows = [row for row in report["kernels"] if row["target"] == "gfx942"]
-    assert not {name(row): row["registers"] for row in rows if row["registers"] > 128}
+    over = {
+        name(row): row["registers"]
+        for row in rows
+        if row["registers"] > (168 if row["constants"].get("NUM_EXTRAS") else 128)
+    }
+    assert not over
 
 
 def test_one_kernel_for_all_sizes_and_options(report):

@@ -37,13 +37,18 @@ def kernels(request, report):
 
 
 def test_every_access_of_the_row_is_wide(kernels):
-    """Two vectors a thread and pass. The gradient of float32 logits in 16 bits is half as wide."""
+    """A vector for the reference, two a thread and pass, and two where the sum overflowed; more of
+    each where ptxas unrolls a loop. The gradient of float32 logits in 16 bits is half as wide. What
+    is left of a row when no whole tile is goes by pairs."""
     for row in kernels:
         case = row["case"]
-        assert row["loads"]["128"] == (4 if case["grad"] else 2), case["name"]
-        width = "64" if case["grad"] == "bfloat16" and case["dtype"] == "float32" else "128"
-        wide = {bits for bits in row["stores"] if int(bits) > 32}
-        assert wide == ({width} if case["grad"] else set()), case["name"]
+        assert row["loads"]["128"] >= (7 if case["grad"] else 5), case["name"]
+        if case["grad"]:
+            bits = 16 if case["grad"] != "float32" else 32
+            vector = 16 // (4 if case["dtype"] == "float32" else 2)
+            wide = {found for found in row["stores"] if int(found) > 32}
+            assert wide - {str(2 * bits)} == {str(vector * bits)} - {str(2 * bits)}, case["name"]
+            assert str(vector * bits) in row["stores"], case["name"]
 
 
 def test_registers_doubles_atomics(kernels):
