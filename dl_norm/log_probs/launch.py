@@ -86,7 +86,7 @@ def policy_loss_fwd(
                 of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
                 tokens, length, *settings,
                 BIAS_CORRECTED_KL=_corrected(batch, terms) and terms.beta > 0,
-                BLOCK=1024, num_warps=2 * config.num_warps,
+                BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](
             of_tokens, contiguous(batch.weights, sequences), advantages, policy_weights,
