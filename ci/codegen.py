@@ -44,6 +44,8 @@ from triton.runtime.driver import driver
 import dl_norm
 from dl_norm.batch import Batch
 from dl_norm.kernels.policy_loss import TokenStreams
+from dl_norm.kernels.surrogates import KLTerms, TokenTerms
+from dl_norm.kl import K3, KL
 from dl_norm.log_probs import launch
 from dl_norm.options import TokenLoss, make_token_loss
 from dl_norm.surrogates import SURROGATES, Surrogate
@@ -56,6 +58,8 @@ TARGETS = {
 }
 FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "policy_loss_bwd_kernel"
 SEQUENCE = "policy_loss_sequence_kernel"
+# Of the tuples among their arguments.
+FIELDS = {"tokens": TokenStreams._fields, "terms": TokenTerms._fields, "terms.kl": KLTerms._fields}
 
 
 @triton.jit
@@ -95,6 +99,7 @@ class Case:
     level: str = "token"
     surrogate: str = "clip"
     corrected: bool = False  # the bias-corrected KL
+    kl: KL = K3
     grad: bool = True
     metrics: bool = False
     out: str | None = None  # dtype that the backward kernel writes
@@ -141,6 +146,7 @@ CASES = (
     Case("sequence ratio, token advantages", level="sequence", advantages="token"),
     Case("packed, sequence ratio", level="sequence", packed=True, mask=None),
     Case("corrected KL", ref=True, corrected=True),
+    Case("KL clamped", ref=True, kl=KL("k1", "unbiased", 20.0, 10.0)),
     Case("packed, variants", packed=True, **_VARIANTS),
     *(Case(kind, surrogate=kind) for kind in KINDS),
     *(Case(f"{kind}, variants", surrogate=kind, **_VARIANTS) for kind in KINDS),
@@ -260,6 +266,7 @@ def token_loss(case: Any, **options: Any) -> TokenLoss:
     return terms._replace(
         beta=options.get("beta", 0.04 if case.ref else 0.0),
         ratio_level=case.level,
+        kl=case.kl,
         bias_corrected_kl=case.corrected,
     )
 
@@ -286,14 +293,14 @@ def compile_launch(found: Launch, arch: str) -> dict[str, Any]:
 
 def constants(launched: Launch) -> dict[str, Any]:
     """What the kernel is compiled for: its constexpr arguments, and None for what is absent. A part
-    of a tuple is called by its name or number: ``tokens.mask``, ``surrogate.0``."""
+    of a tuple is called by its name or number: ``tokens.mask``, ``terms.surrogate.0``."""
     arguments = launched.source.fn.arg_names
-    fields = {"tokens": TokenStreams._fields}
     found = {}
     for (first, *rest), value in launched.source.constants.items():
         name = arguments[first]
-        parts = [fields[name][part] if name in fields else str(part) for part in rest]
-        found[".".join([name, *parts])] = getattr(value, "__name__", value)
+        for part in rest:
+            name += f".{FIELDS[name][part] if name in FIELDS else part}"
+        found[name] = getattr(value, "__name__", value)
     return found
 
 

@@ -37,6 +37,7 @@ class Case:
     metrics: bool = False
     surrogate: str = "clip"
     corrected: bool = False  # the bias-corrected KL
+    kl: Any = codegen.K3
     level: str = "token"
     huge: bool = False  # 4 GB of logits: beyond 32-bit offsets
 

@@ -9,10 +9,12 @@ from typing import Literal, TypedDict
 
 from torch import Tensor
 
+from .kl import KL
 from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
 RatioLevel = Literal["token", "sequence", "sequence_token"]
+KLName = Literal["k1", "abs", "k2", "k3"]
 SurrogateName = Literal["clip", "cispo", "sapo"]
 
 
@@ -25,6 +27,7 @@ class TokenLossOptions(TypedDict, total=False):
     delta: float | None
     log_ratio_clamp: float | None
     beta: float
+    kl: KLName | KL
     ratio_level: RatioLevel
     surrogate: SurrogateName | Surrogate
     sapo_temperature_pos: float

@@ -25,8 +25,8 @@ class PolicyLossMetrics:
       With surrogate="cispo" every clipped ratio is counted in one of them, and has a gradient:
       low for either sign of A, high for A > 0, dual for A < 0. With "sapo" all are 0.
     - ratio, kl_old_k1, kl_old_k3: sums of r, -log r and r - 1 - log r, after the log-ratio clamp.
-    - kl_ref: sum of exp(d) - d - 1, d = ref_log_probs - log_probs (0 without a reference), times
-      r with bias_corrected_kl.
+    - kl_ref: sum of the KL estimate, exp(d) - d - 1 with d = ref_log_probs - log_probs unless
+      ``kl`` says otherwise (0 without a reference), times r with bias_corrected_kl.
     - ratio_max: the largest r; combined by maximum.
     - extras: sums of the further quantities that the surrogate returns, by name.
 

@@ -91,7 +91,8 @@ def _build(kind: Any, values: Iterator) -> Any:
 def _arguments(name: str, kind: Any) -> list[tuple[str, str]]:
     """(type, name) of every argument in the schema."""
     if _is_record(kind):
-        return [pair for field, of in _hints(kind).items() for pair in _arguments(field, of)]
+        fields = _hints(kind).items()  # two records may have a field of one name
+        return [pair for field, of in fields for pair in _arguments(f"{name}_{field}", of)]
     if _is_optional(kind):
         (of,) = set(get_args(kind)) - {type(None)}
         return [(f"{_SCHEMA_TYPES[of]}?", name)]

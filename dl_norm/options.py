@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .checks import check_choice, check_flag, check_number
+from .kl import K3, KL, kl_of
 from .metrics import NUM_METRIC_SUMS
 from .surrogates import KINDS, SURROGATES, Surrogate, load
 
@@ -31,16 +32,18 @@ class TokenLoss(NamedTuple):
     ratio_level: str = "token"
     log_ratio_clamp: float = math.inf  # inf: none
     beta: float = 0.0
+    kl: KL = K3
     bias_corrected_kl: bool = False
 
-    @property
-    def num_sums(self) -> int:
-        """Of the metrics: those of every loss, and the further quantities of this one."""
-        return NUM_METRIC_SUMS + len(self.kind.extra_names)
 
-    @property
-    def kind(self) -> type[Surrogate] | Surrogate:
-        return KINDS[self.surrogate]
+def kind_of(terms: TokenLoss) -> type[Surrogate] | Surrogate:
+    """What computes its policy term."""
+    return KINDS[terms.surrogate]
+
+
+def num_sums(terms: TokenLoss) -> int:
+    """Of the metrics: those of every loss, and the further quantities of this one."""
+    return NUM_METRIC_SUMS + len(kind_of(terms).extra_names)
 
 
 GENERAL = TokenLoss._fields[2:]  # the options that are of no surrogate
@@ -52,6 +55,7 @@ def make_token_loss(
     ratio_level: str = "token",
     log_ratio_clamp: float | None = 20.0,
     beta: float = 0.0,
+    kl: str | KL = "k3",
     bias_corrected_kl: bool = False,
     **fields,
 ) -> TokenLoss:
@@ -62,13 +66,20 @@ def make_token_loss(
         rule = "log_ratio_clamp > 0 (or None)"
         log_ratio_clamp = check_number(log_ratio_clamp, "log_ratio_clamp", rule, lambda v: v > 0)
     beta = check_number(beta, "beta", "beta >= 0", lambda v: v >= 0)
+    kl = kl_of(kl)
     check_flag(bias_corrected_kl, "bias_corrected_kl")
+    if bias_corrected_kl and kl.gradient != "own":
+        raise ValueError(
+            f"bias_corrected_kl takes the gradient of the estimate itself, so gradient="
+            f"{kl.gradient!r} of its KL has no effect: drop one of the two"
+        )
     return TokenLoss(
         chosen.kind,
         tuple(_as_float(value) for value in chosen.settings()),
         ratio_level,
         math.inf if log_ratio_clamp is None else log_ratio_clamp,
         beta,
+        kl,
         bias_corrected_kl,
     )
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from .batch import Batch
 from .call import make_call, token_options
 from .checks import REAL_DTYPES
+from .kl import token_kl
 from .metrics import PolicyLossMetrics
-from .options import TokenLoss, surrogate_of
+from .options import TokenLoss, kind_of, surrogate_of
 from .surrogates import clamp
 
 
@@ -108,8 +109,7 @@ def policy_loss(
     loss = tokens(loss, kept)
     kl = torch.zeros_like(ratio)
     if batch.ref_log_probs is not None:
-        difference = tokens(batch.ref_log_probs) - log_prob
-        kl = difference.exp() - difference - 1
+        kl = token_kl(terms.kl, tokens(batch.ref_log_probs) - log_prob, ratio)
         if terms.bias_corrected_kl:
             kl = ratio * kl
         if terms.beta:
@@ -136,7 +136,7 @@ def _metrics(
     weights: Tensor,
 ) -> PolicyLossMetrics:
     with torch.no_grad():
-        flags = terms.kind.counted(log_prob, ratio, advantage, *terms.settings)
+        flags = kind_of(terms).counted(log_prob, ratio, advantage, *terms.settings)
         low, high = (flag != 0 for flag in flags[:2])
         positive, negative = counted & (advantage > 0), counted & (advantage < 0)
         sums = [

@@ -5,6 +5,8 @@ the loss of the token, and the gradient at the logits in a second pass. A token'
 logit / temperature, after an optional soft cap.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,18 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Finite, so that -inf - LOWEST is -inf and 0 * LOWEST is 0.
 LOWEST = tl.constexpr(-3.4028234e38)
+
+
+class RowTokens(NamedTuple):
+    """(N,) tensors, contiguous, float32 but for the first two; or None."""
+
+    token_ids: Any
+    active: Any
+    advantages: Any
+    weights: Any
+    old_log_probs: Any
+    ref_log_probs: Any
+    policy_weights: Any
 
 
 @triton.jit
@@ -103,24 +117,14 @@ def _store_grad(PTR, logits, wanted, scale, reference, factor, softcap):
 
 
 # As in policy_loss.py nothing is specialised on values: one compiled kernel for every T, V, slice
-# and setting. LOGITS and GRAD are always aligned: a row finds its own vectors. What is read as
-# scalars need not be.
+# and setting. Tensors are always aligned: of the logits a row finds its own vectors.
 @triton.jit(
     do_not_specialize=["offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
-    do_not_specialize_on_alignment=[
-        "TOKEN_IDS", "ACTIVE", "OLD_LOG_PROBS", "REF_LOG_PROBS", "ADVANTAGES", "WEIGHTS",
-        "POLICY_WEIGHTS", "LOG_PROBS", "ENTROPY", "PARTIALS",
-    ],
-)  # fmt: skip
+    do_not_specialize_on_alignment=["LOG_PROBS", "ENTROPY", "PARTIALS"],
+)
 def logits_policy_loss_kernel(
     LOGITS,
-    TOKEN_IDS,
-    ACTIVE,
-    OLD_LOG_PROBS,
-    REF_LOG_PROBS,
-    ADVANTAGES,
-    WEIGHTS,
-    POLICY_WEIGHTS,
+    tokens,
     GRAD,
     LOG_PROBS,
     ENTROPY,
@@ -134,21 +138,18 @@ def logits_policy_loss_kernel(
     stride_lt: tl.int64,
     inverse_temperature: tl.float32,
     softcap,
-    surrogate,
-    log_ratio_clamp: tl.float32,
-    beta: tl.float32,
-    BIAS_CORRECTED_KL: tl.constexpr,
+    terms,
     METRICS: tl.constexpr,
     NUM_EXTRAS: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """The first logit is LOGITS[offset]. Row ``program_id`` belongs to token ``first_row +
-    program_id`` of the N = ``rows`` tokens of the other tensors. GRAD is (R, V) and contiguous, its
+    program_id`` of the N = ``rows`` ``tokens``. GRAD is (R, V) and contiguous, its
     rows as far from a 16-byte boundary as those of LOGITS, and may be LOGITS.
 
     PARTIALS is (1, N), or with METRICS (10 + NUM_EXTRAS, N), in the order of
-    policy_loss_fwd_kernel, one column a token. What is absent is None; without a surrogate only the
+    policy_loss_fwd_kernel, one column a token. What is absent is None; without ``terms`` only the
     log-prob and the entropy are written. A row that is not active is not read, its gradient is 0,
     and LOG_PROBS, ENTROPY and PARTIALS keep what they hold.
     """
@@ -178,11 +179,12 @@ def logits_policy_loss_kernel(
     grad = 0.0
     reference = 0.0
     log2_total = 0.0
+    log2_prob = 0.0
     token_logit = 0.0
     scale = inverse_temperature * LOG2_E
     token_id = tl.full([], -1, tl.int64)
-    if tl.load(ACTIVE + n):
-        token_id = tl.load(TOKEN_IDS + n).to(tl.int64)
+    if tl.load(tokens.active + n):
+        token_id = tl.load(tokens.token_ids + n).to(tl.int64)
         in_vocabulary = (token_id >= 0) & (token_id < V)
         # A token id outside the vocabulary cannot raise here without a sync: the loss is NaN.
         token_logit = tl.load(
@@ -207,31 +209,33 @@ def logits_policy_loss_kernel(
                 ENTROPY, KEEP,
             )  # fmt: skip
         log2_total = tl.log2(total)
-        log_prob = (tl.fma(token_logit, scale, -reference) - log2_total) * LN_2
-        log_prob = tl.where(log_prob > 0, 0.0, log_prob)
+        token_exponent = tl.fma(token_logit, scale, -reference)
+        log2_prob = token_exponent - log2_total
+        # Of a token that has all of the sum the logarithm is 0, not the rounding of a reference.
+        log2_prob = tl.where((tl.exp2(token_exponent) >= total) | (log2_prob > 0), 0.0, log2_prob)
+        log_prob = log2_prob * LN_2
         tl.store(LOG_PROBS + n, log_prob)
         if ENTROPY is not None:
             tl.store(ENTROPY + n, (log2_total - dot / total) * LN_2)
-        if surrogate is not None:
-            advantage = tl.load(ADVANTAGES + n)
-            if OLD_LOG_PROBS is not None:
-                raw = log_prob - tl.load(OLD_LOG_PROBS + n).to(tl.float32)
-                log_ratio, ratio, outside = clamped_ratio(raw, log_ratio_clamp)
+        if terms is not None:
+            advantage = tl.load(tokens.advantages + n)
+            if tokens.old_log_probs is not None:
+                raw = log_prob - tl.load(tokens.old_log_probs + n)
+                log_ratio, ratio, outside = clamped_ratio(raw, terms.log_ratio_clamp)
             else:
                 log_ratio, ratio, outside = unit_ratio(log_prob)
             policy_weight = None
-            if POLICY_WEIGHTS is not None:
-                policy_weight = tl.load(POLICY_WEIGHTS + n).to(tl.float32)
-            ref_log_prob = None
-            if REF_LOG_PROBS is not None:
-                ref_log_prob = tl.load(REF_LOG_PROBS + n).to(tl.float32)
+            if tokens.policy_weights is not None:
+                policy_weight = tl.load(tokens.policy_weights + n)
+            ref_log_prob = log_prob
+            if terms.kl is not None:
+                ref_log_prob = tl.load(tokens.ref_log_probs + n)
             loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
-                surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
-                BIAS_CORRECTED_KL,
-            )  # fmt: skip
+                terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
+            )
             grad = through_ratio + past_ratio
             # What does not depend on the log-prob does not know that it is NaN.
-            weight = tl.where(in_vocabulary, tl.load(WEIGHTS + n), float("nan"))
+            weight = tl.where(in_vocabulary, tl.load(tokens.weights + n), float("nan"))
             grad *= weight * inverse_temperature
             tl.store(PARTIALS + n, loss * weight)
             if METRICS:
@@ -281,8 +285,7 @@ def logits_policy_loss_kernel(
                     softcap,
                 )  # fmt: skip
             # Then the token's own logit.
-            probability = tl.exp2(tl.fma(token_logit, scale, -reference) - log2_total)
-            token_grad = grad * (1.0 - probability)
+            token_grad = grad * (1.0 - tl.exp2(log2_prob))
             if softcap is not None:
                 tanh = token_logit * (1.0 / softcap)
                 token_grad *= 1.0 - tanh * tanh

@@ -144,9 +144,8 @@ def _max(values):
 
 @triton.jit
 def _tile_loss(
-    tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
-    surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL: tl.constexpr, METRICS: tl.constexpr,
-    NUM_EXTRAS: tl.constexpr,
+    tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS, terms,
+    METRICS: tl.constexpr, NUM_EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a tile and its column of PARTIALS."""
     WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS = of_sequences
@@ -159,20 +158,16 @@ def _tile_loss(
     elif tokens.policy_weights is None:
         policy_weight = None
 
-    if tokens.ref_log_probs is None:
-        ref_log_prob = None
-
     if LOG_RATIO_MEANS is not None:
         log_ratio_mean = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
-        log_ratio, ratio, outside = clamped_ratio(log_ratio_mean, log_ratio_clamp)
+        log_ratio, ratio, outside = clamped_ratio(log_ratio_mean, terms.log_ratio_clamp)
     elif tokens.old_log_probs is not None:
-        log_ratio, ratio, outside = clamped_ratio(log_prob - old_log_prob, log_ratio_clamp)
+        log_ratio, ratio, outside = clamped_ratio(log_prob - old_log_prob, terms.log_ratio_clamp)
     else:
         log_ratio, ratio, outside = unit_ratio(weight)
     loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
-        surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
-        BIAS_CORRECTED_KL,
-    )  # fmt: skip
+        terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
+    )
     if RATIO_GRADS is not None:
         through_ratio = _of_sequence(RATIO_GRADS, seq, later, lane)
 
@@ -225,16 +220,13 @@ def policy_loss_fwd_kernel(
     N: tl.int64,
     T: tl.int64,
     G: tl.int64,
-    surrogate,
-    log_ratio_clamp: tl.float32,
-    beta: tl.float32,
-    BIAS_CORRECTED_KL: tl.constexpr,
+    terms,
     METRICS: tl.constexpr,
     NUM_EXTRAS: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """``surrogate`` is (function of surrogates.py, its settings).
+    """``terms``: of :class:`TokenTerms`.
 
     PARTIALS is (1, programs), or with METRICS (10 + NUM_EXTRAS, programs): the sums of a tile in
     one column, the loss first, then what token_metrics returns and the surrogate's extras.
@@ -265,13 +257,13 @@ def policy_loss_fwd_kernel(
         # One sequence: what is the same for all its tokens is computed once a thread.
         _tile_loss(
             tokens, loaded, of_sequences, seq, None, start, lane, remaining, spans, GRAD, PARTIALS,
-            surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL, METRICS, NUM_EXTRAS,
+            terms, METRICS, NUM_EXTRAS,
         )  # fmt: skip
     else:
         later = _sequences_later(CU_SEQLENS, seq, end, lane, start, T, G)
         _tile_loss(
             tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
-            surrogate, log_ratio_clamp, beta, BIAS_CORRECTED_KL, METRICS, NUM_EXTRAS,
+            terms, METRICS, NUM_EXTRAS,
         )  # fmt: skip
 
 
@@ -290,10 +282,7 @@ def policy_loss_sequence_kernel(
     RATIO_GRADS,
     N: tl.int64,
     T: tl.int64,
-    surrogate,
-    log_ratio_clamp: tl.float32,
-    beta: tl.float32,
-    BIAS_CORRECTED_KL: tl.constexpr,
+    terms,
     BLOCK: tl.constexpr,
 ):
     """Mean log-ratio of sequence ``program_id``, and what a log-prob changes through it.
@@ -329,7 +318,7 @@ def policy_loss_sequence_kernel(
     if RATIO_GRADS is not None:
         like = tl.zeros([BLOCK], tl.float32)
         if tokens.old_log_probs is not None:
-            _, ratio, outside = clamped_ratio(like + mean, log_ratio_clamp)
+            _, ratio, outside = clamped_ratio(like + mean, terms.log_ratio_clamp)
         else:
             _, ratio, outside = unit_ratio(like)
         grads = like
@@ -346,14 +335,13 @@ def policy_loss_sequence_kernel(
                 policy_weight = _load_counted(tokens.policy_weights, position + lane, counted)
             elif POLICY_WEIGHTS is not None:
                 policy_weight = like + tl.load(POLICY_WEIGHTS + seq).to(tl.float32)
-            ref_log_prob = None
-            if BIAS_CORRECTED_KL:
+            ref_log_prob = like
+            if terms.kl is not None:
                 ref_log_prob = _load_counted(tokens.ref_log_probs, position + lane, counted)
-            terms = token_terms(
-                surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
-                BIAS_CORRECTED_KL,
-            )  # fmt: skip
-            grads += tl.where(counted, terms[1], 0.0)
+            term = token_terms(
+                terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
+            )
+            grads += tl.where(counted, term[1], 0.0)
             position += BLOCK
         tl.store(RATIO_GRADS + seq, tl.sum(grads, axis=0) / length)
 

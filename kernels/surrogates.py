@@ -7,11 +7,32 @@ return further values, which are summed over the tokens. All have the shape of t
 or a block. Its host side, of the same name, is in dl_norm/surrogates.py.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 # Of token_metrics. Rows of PARTIALS are the loss, these, and the further values of a token loss.
 NUM_METRICS = tl.constexpr(9)
+
+
+class KLTerms(NamedTuple):
+    """The KL term. What is None is not compiled."""
+
+    beta: Any
+    estimator: Any  # k1, absolute, k2 or k3, of d = ref_log_prob - log_prob
+    clamps: Any  # (of d, of the estimate)
+    grad_estimator: Any  # whose derivative is taken in the place of the estimator's
+    WEIGHTED_GRAD: Any  # the derivative alone times the ratio
+    CORRECTED: Any  # the whole term times the ratio, whose derivative counts
+
+
+class TokenTerms(NamedTuple):
+    """What is computed of a token. A function stands in a pair with its settings."""
+
+    surrogate: Any  # (token loss, its settings)
+    log_ratio_clamp: Any
+    kl: Any  # KLTerms; None: no reference
 
 
 @triton.jit
@@ -56,14 +77,18 @@ def sapo(log_prob, ratio, advantage, temperature_pos, temperature_neg):
 
 
 @triton.jit
-def clamped_ratio(raw, log_ratio_clamp):
-    """exp of the log-ratio clamped to +-log_ratio_clamp; NaN passes through.
+def clamped(values, bound):
+    """Values clamped to +-bound, NaN passes through; and which of them were outside."""
+    clamped = tl.maximum(values, -bound, tl.PropagateNan.ALL)
+    return tl.minimum(clamped, bound, tl.PropagateNan.ALL), tl.abs(values) > bound
 
-    Returns clamped log-ratio, ratio, outside (of the clamp: no derivative).
-    """
-    log_ratio = tl.maximum(raw, -log_ratio_clamp, tl.PropagateNan.ALL)
-    log_ratio = tl.minimum(log_ratio, log_ratio_clamp, tl.PropagateNan.ALL)
-    return log_ratio, tl.exp(log_ratio), tl.abs(raw) > log_ratio_clamp
+
+@triton.jit
+def clamped_ratio(raw, log_ratio_clamp):
+    """Returns the log-ratio clamped to +-log_ratio_clamp, its exp, outside (of the clamp: no
+    derivative)."""
+    log_ratio, outside = clamped(raw, log_ratio_clamp)
+    return log_ratio, tl.exp(log_ratio), outside
 
 
 @triton.jit
@@ -75,26 +100,54 @@ def unit_ratio(like):
 
 
 @triton.jit
-def token_kl(log_prob, ref_log_prob):
-    """k3 estimate of KL(policy || reference), exp(d) - d - 1 with d = ref - log_prob, and its
-    derivative 1 - exp(d) with respect to log_prob."""
-    difference = ref_log_prob - log_prob
-    exp_difference = tl.exp(difference)
-    return exp_difference - difference - 1.0, 1.0 - exp_difference
+def k1(d):
+    return -d, tl.zeros_like(d) + 1.0
 
 
 @triton.jit
-def token_terms(
-    surrogate, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob, beta,
-    BIAS_CORRECTED_KL: tl.constexpr,
-):  # fmt: skip
-    """The policy term of a token and its KL term. ``surrogate`` is (token loss, settings);
-    policy_weight and ref_log_prob may be None.
+def absolute(d):
+    # Without a derivative at 0.
+    return tl.abs(d), tl.where(d > 0, -1.0, tl.where(d < 0, 1.0, 0.0))
+
+
+@triton.jit
+def k2(d):
+    return 0.5 * d * d, -d
+
+
+@triton.jit
+def k3(d):
+    exp = tl.exp(d)
+    return exp - d - 1.0, 1.0 - exp
+
+
+@triton.jit
+def token_kl(kl, d, ratio):
+    """An estimate of KL(policy || reference) from d = ref_log_prob - log_prob, and its derivative
+    by the log-prob, as k1, absolute, k2 and k3 return them."""
+    raw = d
+    if kl.clamps is not None:
+        d, outside = clamped(d, kl.clamps[0])
+    value, grad = kl.estimator(d)
+    if kl.clamps is not None:
+        value, beyond = clamped(value, kl.clamps[1])
+        grad = tl.where(outside | beyond, 0.0, grad)
+    if kl.grad_estimator is not None:
+        grad = kl.grad_estimator(raw)[1]
+    if kl.WEIGHTED_GRAD is not None:
+        grad *= ratio
+    return value, grad
+
+
+@triton.jit
+def token_terms(terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob):
+    """The policy term of a token and its KL term. ``terms``: of :class:`TokenTerms`;
+    policy_weight may be None, and without terms.kl ref_log_prob is not looked at.
 
     Returns loss, derivative through the ratio, derivative past it, clipped low, clipped high, KL,
     and the further values of the token loss.
     """
-    term = surrogate[0](log_prob, ratio, advantage, *surrogate[1])
+    term = terms.surrogate[0](log_prob, ratio, advantage, *terms.surrogate[1])
     loss, through_ratio, past_ratio = term[0], tl.where(outside, 0.0, term[1]), term[2]
     if policy_weight is not None:
         # Weight 0 drops the term, whatever its factors are: not 0 * inf.
@@ -103,16 +156,16 @@ def token_terms(
         through_ratio = tl.where(kept, policy_weight * through_ratio, 0.0)
         past_ratio = tl.where(kept, policy_weight * past_ratio, 0.0)
     kl = tl.zeros_like(loss)
-    if ref_log_prob is not None:
-        kl, kl_grad = token_kl(log_prob, ref_log_prob)
+    if terms.kl is not None:
+        kl, kl_grad = token_kl(terms.kl, ref_log_prob - log_prob, ratio)
         # Where the reference is read for its metric alone, not 0 * inf.
-        asked_for = beta > 0
-        if BIAS_CORRECTED_KL:
+        asked_for = terms.kl.beta > 0
+        if terms.kl.CORRECTED is not None:
             kl *= ratio
             kl_grad *= ratio
-            through_ratio += tl.where(asked_for & (outside == 0), beta * kl, 0.0)
-        loss += tl.where(asked_for, beta * kl, 0.0)
-        past_ratio += tl.where(asked_for, beta * kl_grad, 0.0)
+            through_ratio += tl.where(asked_for & (outside == 0), terms.kl.beta * kl, 0.0)
+        loss += tl.where(asked_for, terms.kl.beta * kl, 0.0)
+        past_ratio += tl.where(asked_for, terms.kl.beta * kl_grad, 0.0)
     return loss, through_ratio, past_ratio, term[3], term[4], kl, term[5:]
 
 

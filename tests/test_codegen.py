@@ -90,7 +90,8 @@ OPTIONAL = {
     FWD: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
-        "RATIO_GRADS", "GRAD",
+        "RATIO_GRADS", "GRAD", "terms.kl", "terms.kl.clamps", "terms.kl.grad_estimator",
+        "terms.kl.WEIGHTED_GRAD", "terms.kl.CORRECTED",
     ),
     SEQUENCE: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
@@ -112,7 +113,7 @@ def test_what_may_be_absent_is_covered(kernel, report):
     flags = ("BIAS_CORRECTED_KL", "METRICS") if kernel == FWD else ("BIAS_CORRECTED_KL",)
     for flag in flags:
         assert {row[flag] for row in rows} == {False, True}, flag
-    assert {row["surrogate.0"] for row in rows} >= {"clip", "cispo", "sapo", "own_loss"}
+    assert {row["terms.surrogate.0"] for row in rows} >= {"clip", "cispo", "sapo", "own_loss"}
 
 
 def test_nothing_spills(kernels):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..checks import check_first_derivative, has_no_values, one_gradient
 from ..operators import operator
-from ..options import TokenLoss
+from ..options import TokenLoss, num_sums
 from . import closed_form
 
 
@@ -40,7 +40,7 @@ def _(
     return (
         log_probs.new_empty((), dtype=torch.float32),
         log_probs.new_empty(log_probs.shape if write_grad else (0,), dtype=grad_dtype),
-        log_probs.new_empty(terms.num_sums if metrics else 0, dtype=torch.float32),
+        log_probs.new_empty(num_sums(terms) if metrics else 0, dtype=torch.float32),
     )
 
 

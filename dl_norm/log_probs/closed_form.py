@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..checks import values_are_free
-from ..options import TokenLoss
+from ..kl import K3, token_kl_closed_form
+from ..options import TokenLoss, kind_of
 from ..surrogates import Clip
 
 
@@ -20,7 +21,7 @@ def policy_loss_fwd(
     unless ``write_grad``) and the sums of PolicyLossMetrics (empty unless ``metrics``)."""
     mean_log_ratio = _mean_log_ratio(batch, terms)
     plain = (terms.surrogate, terms.ratio_level) == ("clip", "token")
-    if plain and not terms.bias_corrected_kl:
+    if plain and terms.kl == K3 and not terms.bias_corrected_kl:
         # Multiplying by the mask costs a quarter of filling, but a masked NaN survives it, as does
         # inf times a policy weight of 0: look.
         fill = not values_are_free(batch.log_probs)
@@ -128,7 +129,7 @@ def _any_surrogate(
     advantage = batch.per_token(batch.advantages.float())
     coefficient = batch.per_token(_policy_weights(batch))
 
-    loss, through_ratio, past_ratio, *_ = terms.kind.closed_form(
+    loss, through_ratio, past_ratio, *_ = kind_of(terms).closed_form(
         log_prob, ratio, advantage, *terms.settings
     )
     loss = drop(loss * coefficient, kept)
@@ -136,10 +137,8 @@ def _any_surrogate(
     past_ratio = drop(past_ratio * coefficient, kept)
     if terms.beta and batch.ref_log_probs is not None:
         difference = drop(batch.ref_log_probs.float()) - log_prob
-        exp_difference = difference.exp()
         weight = batch.per_token(batch.weights[:, None]) * terms.beta
-        kl = weight * (exp_difference - difference - 1.0)
-        kl_grad = weight * (1.0 - exp_difference)
+        kl, kl_grad = (weight * v for v in token_kl_closed_form(terms.kl, difference, ratio))
         if terms.bias_corrected_kl:
             kl, kl_grad = kl * ratio, kl_grad * ratio
             through_ratio = through_ratio + drop(kl, counted & inside)
@@ -174,13 +173,13 @@ def _metric_sums(batch: Batch, terms: TokenLoss, mean_log_ratio: Tensor | None) 
     kl = ones.new_zeros(())
     if batch.ref_log_probs is not None:
         ref_log_ratio = difference(batch.ref_log_probs, batch.log_probs)
-        kl = ref_log_ratio.exp().sub_(ref_log_ratio).sub_(1.0)
+        kl = token_kl_closed_form(terms.kl, ref_log_ratio, ratio)[0]
         kl = (kl.mul_(ratio) if terms.bias_corrected_kl else kl).sum()
     if terms.surrogate == "clip":  # 1, the ratio where a position does not count, is in its range
         (below, above), extras = Clip.counted(ratio, ratio, advantage, *terms.settings), []
     else:
         log_prob = torch.where(counted, batch.log_probs.float(), 0.0)
-        below, above, *extras = terms.kind.counted(log_prob, ratio, advantage, *terms.settings)
+        below, above, *extras = kind_of(terms).counted(log_prob, ratio, advantage, *terms.settings)
         below, above = below * ones, above * ones
     positive, negative = (advantage > 0).float(), (advantage < 0).float()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..device import target
+from ..kernels import surrogates
 from ..kernels.policy_loss import (
     TokenStreams,
     policy_loss_bwd_kernel,
@@ -20,7 +21,12 @@ from ..kernels.policy_loss import (
     policy_loss_reduce_kernel,
     policy_loss_sequence_kernel,
 )
-from ..options import TokenLoss
+from ..kernels.surrogates import KLTerms, TokenTerms
+from ..options import TokenLoss, kind_of, num_sums
+
+KL_FUNCTIONS = {
+    "k1": surrogates.k1, "abs": surrogates.absolute, "k2": surrogates.k2, "k3": surrogates.k3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,10 @@ def policy_loss_fwd(
     device = log_probs.device
     tokens = log_probs.numel()
     sequences = batch.weights.shape[0]
-    num_extras = len(terms.kind.extra_names) if metrics else 0
-    num_sums = terms.num_sums if metrics else 0
+    num_extras = len(kind_of(terms).extra_names) if metrics else 0
     grad_dtype = torch.float32 if log_probs.dtype == torch.float16 else log_probs.dtype
     loss = torch.empty((), dtype=torch.float32, device=device)
-    sums = torch.empty(num_sums, dtype=torch.float32, device=device)
+    sums = torch.empty(num_sums(terms) if metrics else 0, dtype=torch.float32, device=device)
     grad = torch.empty(log_probs.shape if write_grad else 0, dtype=grad_dtype, device=device)
     if tokens == 0 or sequences == 0:
         return loss.zero_(), grad.zero_(), sums.zero_()
@@ -74,25 +79,23 @@ def policy_loss_fwd(
     policy_weights = _of_sequences(batch.policy_weights, of_tokens.policy_weights, sequences)
     cu_seqlens = contiguous(batch.cu_seqlens, sequences + 1)
     length = tokens if cu_seqlens is not None else log_probs.shape[1]
-    surrogate = terms.kind.device(), terms.settings
-    settings = surrogate, terms.log_ratio_clamp, terms.beta
+    of_token = device_terms(terms, batch.ref_log_probs is not None)
+    through_ratio = of_token if _corrected(batch, terms) else of_token._replace(kl=None)
     config = tile_config(log_probs.element_size(), target().warp_size)
     programs = -(-tokens // config.block)
-    partials = torch.empty((1 + num_sums, programs), dtype=torch.float32, device=device)
+    partials = torch.empty((1 + len(sums), programs), dtype=torch.float32, device=device)
     means, ratio_grads = _outputs_of_sequences(batch, of_tokens, terms, write_grad)
     with torch.accelerator.device_index(device.index):
         if means is not None or ratio_grads is not None:
             policy_loss_sequence_kernel[(sequences,)](
                 of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
-                tokens, length, *settings,
-                BIAS_CORRECTED_KL=_corrected(batch, terms) and terms.beta > 0,
+                tokens, length, through_ratio,
                 BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](
             of_tokens, contiguous(batch.weights, sequences), advantages, policy_weights,
             cu_seqlens, means, ratio_grads, grad if write_grad else None, partials,
-            tokens, length, sequences, *settings,
-            BIAS_CORRECTED_KL=_corrected(batch, terms), METRICS=metrics, NUM_EXTRAS=num_extras,
+            tokens, length, sequences, of_token, METRICS=metrics, NUM_EXTRAS=num_extras,
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps,
         )  # fmt: skip
         reduce_partials(partials, loss, sums)
@@ -112,6 +115,22 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
             num_warps=256 // target().warp_size,
         )  # fmt: skip
     return out
+
+
+def device_terms(terms: TokenLoss, reference: bool) -> TokenTerms:
+    """``terms`` as kernels take them; without a ``reference`` there is no KL."""
+    surrogate = kind_of(terms).device(), terms.settings
+    if not reference:
+        return TokenTerms(surrogate, terms.log_ratio_clamp, None)
+    kl = KLTerms(
+        terms.beta,
+        KL_FUNCTIONS[terms.kl.estimator],
+        terms.kl.clamps,
+        None if terms.kl.gradient == "own" else surrogates.k2,
+        1 if terms.kl.gradient == "unbiased" else None,
+        1 if terms.bias_corrected_kl else None,
+    )
+    return TokenTerms(surrogate, terms.log_ratio_clamp, kl)
 
 
 def reduce_partials(partials: Tensor, loss: Tensor, sums: Tensor) -> None:
@@ -157,7 +176,8 @@ def _of_sequences(values: Tensor | None, of_tokens: Tensor | None, sequences: in
 
 
 def _corrected(batch: Batch, terms: TokenLoss) -> bool:
-    return terms.bias_corrected_kl and batch.ref_log_probs is not None
+    """Whether there is a KL term that the derivative through the ratio has a part of."""
+    return terms.bias_corrected_kl and terms.beta > 0 and batch.ref_log_probs is not None
 
 
 def _outputs_of_sequences(
@@ -171,8 +191,8 @@ def _outputs_of_sequences(
     uneven = (
         of_tokens.advantages is not None
         or of_tokens.policy_weights is not None
-        or terms.kind.uses_log_prob
-        or (_corrected(batch, terms) and terms.beta > 0)
+        or kind_of(terms).uses_log_prob
+        or _corrected(batch, terms)
     )
     means = terms.ratio_level != "token" and batch.old_log_probs is not None
     ratio_grads = write_grad and terms.ratio_level == "sequence" and uneven

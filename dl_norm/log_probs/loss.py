@@ -11,8 +11,10 @@ from torch import Tensor
 from ..call import make_call
 from ..checks import LOG_PROB_DTYPES, check_cu_seqlens, check_flag, check_mask, check_tensor
 from ..device import implementation_for
-from ..keywords import CallOptions, Impl, RatioLevel, SurrogateName
+from ..keywords import CallOptions, Impl, KLName, RatioLevel, SurrogateName
+from ..kl import KL
 from ..metrics import PolicyLossMetrics
+from ..options import kind_of
 from ..surrogates import Surrogate
 from ..weights import sequence_lengths, sequence_weights
 from ..weights.group_sums import Group
@@ -63,6 +65,7 @@ def policy_loss(
     log_ratio_clamp: float | None = 20.0,
     ref_log_probs: Tensor | None = None,
     beta: float = 0.0,
+    kl: KLName | KL = "k3",
     rollout_weights: Tensor | None = None,
     ratio_level: RatioLevel = "token",
     surrogate: SurrogateName | Surrogate = "clip",
@@ -108,7 +111,9 @@ def policy_loss(
         log_ratio_clamp: bound of the log-ratio, without gradient beyond it, or None.
         ref_log_probs: like ``log_probs``; needed if ``beta`` > 0. With beta = 0 it only feeds
             the metric ``kl_ref``.
-        beta: coefficient of the k3 estimate of KL(policy || reference).
+        beta: coefficient of the estimate of KL(policy || reference).
+        kl: "k3", which is in the formula; "k1", "abs", "k2"; or :class:`dl_norm.KL`, for clamps
+            and for the gradient of one with the value of another.
         rollout_weights: (G,) or one per token; multiplies the policy term, not the KL term.
         ratio_level: "token", or the ratio of the whole sequence for each of its tokens:
             r = exp(clamp(mean over the sequence's tokens of log_probs - old_log_probs)).
@@ -150,7 +155,7 @@ def policy_loss(
             log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
             weights=weights, cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high,
             dual_clip=dual_clip, delta=delta, log_ratio_clamp=log_ratio_clamp,
-            ref_log_probs=ref_log_probs, beta=beta,
+            ref_log_probs=ref_log_probs, beta=beta, kl=kl,
             rollout_weights=rollout_weights, ratio_level=ratio_level, surrogate=surrogate,
             sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
             bias_corrected_kl=bias_corrected_kl, entropy_mask=entropy_mask,
@@ -163,7 +168,7 @@ def policy_loss(
         log_probs, batch, terms, implementation_for(impl, log_probs), write_grad, return_metrics
     )
     if return_metrics:
-        return loss, PolicyLossMetrics.from_sums(sums, weights, terms.kind.extra_names)
+        return loss, PolicyLossMetrics.from_sums(sums, weights, kind_of(terms).extra_names)
     return loss
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_first_derivative, has_no_values, one_gradient
 from ..operators import operator
+from ..options import num_sums
 from .chunks import ChunkOptions
 from .passes import Forward, linear_forward, log_probs_forward, logits_forward, scale_grad
 from .records import RowSettings, TokenRows
@@ -26,7 +27,7 @@ def _fake_forward(rows: TokenRows, settings: RowSettings, half: bool) -> Forward
 
     return (
         empty(), empty(rows.count), empty(rows.count if settings.entropy else 0),
-        empty(settings.terms.num_sums if settings.metrics else 0), empty() if half else empty(0),
+        empty(num_sums(settings.terms) if settings.metrics else 0), empty() if half else empty(0),
     )  # fmt: skip
 
 

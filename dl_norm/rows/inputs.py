@@ -17,6 +17,7 @@ from ..checks import (
     values_are_free,
 )
 from ..metrics import PolicyLossMetrics
+from ..options import kind_of
 from .records import RowSettings, TokenRows, make_rows
 
 
@@ -96,7 +97,7 @@ def make_row_call(
         )
     check_token_ids(token_ids, batch.mask, like_log_probs, vocabulary)
     nothing_else = not wanted.anything and batch.ref_log_probs is None
-    rows = make_rows(batch, token_ids, nothing_else and terms.kind.scales_with_advantage)
+    rows = make_rows(batch, token_ids, nothing_else and kind_of(terms).scales_with_advantage)
     return replace(settings, terms=terms), rows
 
 

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..device import target
-from ..kernels.logits_policy_loss import logits_policy_loss_kernel
-from ..log_probs.launch import contiguous
+from ..kernels.logits_policy_loss import RowTokens, logits_policy_loss_kernel
+from ..log_probs.launch import aligned, device_terms
 from ..log_probs.launch import reduce_partials as launch_reduce
 from .records import RowOutputs, RowSettings, TokenRows
 
@@ -66,23 +65,14 @@ def logits_pass(
     # then drives the first one's row out of the cache, and some registers into memory.
     limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
     terms = settings.terms
-
-    def ready(values: Tensor | None) -> Tensor | None:
-        return contiguous(values, rows.count)
-
+    tokens = RowTokens(*(aligned(getattr(rows, name), rows.count) for name in RowTokens._fields))
     with torch.accelerator.device_index(logits.device.index):
         logits_policy_loss_kernel[(programs,)](
-            base, ready(rows.token_ids), ready(rows.active), ready(rows.old_log_probs),
-            ready(rows.ref_log_probs), ready(rows.advantages), ready(rows.weights),
-            ready(rows.policy_weights), grad, outputs.log_probs, outputs.entropy,
-            outputs.partials, offset, first_row, rows.count, row_length, vocabulary,
-            strides[0], strides[1], 1.0 / settings.temperature, settings.softcap,
-            None if terms is None else (terms.kind.device(), terms.settings),
-            math.inf if terms is None else terms.log_ratio_clamp,
-            0.0 if terms is None else terms.beta,
-            BIAS_CORRECTED_KL=terms is not None and terms.bias_corrected_kl,
-            METRICS=settings.metrics,
-            NUM_EXTRAS=0 if terms is None else len(terms.kind.extra_names),
+            base, tokens, grad, outputs.log_probs, outputs.entropy, outputs.partials,
+            offset, first_row, rows.count, row_length, vocabulary, strides[0], strides[1],
+            1.0 / settings.temperature, settings.softcap,
+            None if terms is None else device_terms(terms, rows.ref_log_probs is not None),
+            METRICS=settings.metrics, NUM_EXTRAS=len(settings.extra_names),
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps, **limit,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..checks import values_are_free
-from ..options import TokenLoss
+from ..options import TokenLoss, kind_of, num_sums
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RowSettings:
 
     @property
     def extra_names(self) -> tuple[str, ...]:
-        return () if self.terms is None else self.terms.kind.extra_names
+        return () if self.terms is None else kind_of(self.terms).extra_names
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,10 @@ class RowOutputs:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        terms = settings.terms
-        num_sums = 0 if terms is None else 1 + terms.num_sums if settings.metrics else 1
-        return cls(zeros(rows), zeros(rows) if settings.entropy else None, zeros(num_sums, rows))
+        sums = 0 if settings.terms is None else 1
+        if settings.terms is not None and settings.metrics:
+            sums += num_sums(settings.terms)
+        return cls(zeros(rows), zeros(rows) if settings.entropy else None, zeros(sums, rows))
 
 
 def make_rows(batch: Batch, token_ids: Tensor, skip_zero_advantages: bool) -> TokenRows:
