@@ -1,37 +1,8 @@
-r"""The token losses: one class each, whose fields are its options, and no others.
+"""The token losses: one class each, whose fields are its options, and no others.
 
-``surrogate=`` of :func:`dl_norm.policy_loss` and of the trainers' settings takes the name of one,
-at its defaults; the same with options, as Python would call it, ``"dppo_tv(delta_high=0.15)"``; a
-sum, ``"dppo_tv + drift(tau=0.002)"``; or an instance, ``DppoTV(delta_high=0.15) + Drift(0.002)``.
-
-A is the advantage, r the ratio, \rho its log, \pi and \pi_old the token's probability under the
-policy and the old policy, sg(x) x without a gradient. A bound that two signs of A do not share is
-written as positive_low, positive_high where A >= 0, and negative_low, negative_high where A < 0.
-
-| name | loss of a token | who has it |
-|---|---|---|
-| ``clip`` | -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A), at most -dual_clip A where A < 0 | everyone; arXiv:1707.06347, 2503.14476, 1912.09729 |
-| ``clip(eps_low=1, eps_high=inf)`` | -A r | SkyRL's and Tinker's ``importance_sampling`` |
-| ``policy_gradient`` | -A log \pi | verl's ``gpg`` (arXiv:2504.02546), ROLL's ``vanilla``, REINFORCE |
-| ``policy_gradient(...)`` | -sg(clip(r, low, high)) A log \pi | the rows below |
-| ``policy_gradient(0, inf, 0, inf)`` | -sg(r) A log \pi | has the gradient of -A r |
-| ``policy_gradient(0, 1, 0, 1)`` | -sg(min(r, 1)) A log \pi | ROLL's ``tis`` |
-| ``policy_gradient(negative_low=0)`` | -A log \pi where A >= 0, -sg(min(r, 1)) A log \pi elsewhere | TOPR, arXiv:2503.14286, by token as in ROLL's ``topr`` |
-| ``policy_gradient(0.1, 10, 0.1, 10)`` | -sg(clip(r, 0.1, 10)) A log \pi | torchforge |
-| ``cispo`` | -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log \pi | TRL, verl, SkyRL, ...; arXiv:2506.13585 |
-| ``sapo`` | -(4 / tau) sigmoid(tau (r - 1)) A | TRL, verl, ...; arXiv:2511.20347 |
-| ``dppo_tv`` | -A r where \pi - \pi_old <= delta_high (A >= 0) or >= -delta_low (A < 0), else 0 | prime-rl, SkyRL; verl with ratio_cap=20; arXiv:2602.04879 |
-| ``dppo_kl`` | likewise, with KL(\pi_old \|\| \pi) of the token against all others for the size of the change | SkyRL; verl with ratio_cap=20 |
-| ``ipo`` | -A r where \|\pi - \pi_old\| <= delta, else 0 | prime-rl's ``ipo`` |
-| ``drift`` | tau \rho^2 / 2 | to be added to another: prime-rl's default is ``dppo_tv + drift(tau=0.002)``, its kl_tau half our tau |
-| ``dro`` | -A log \pi + tau \rho^2 / 2, that is ``policy_gradient + drift`` | verl's ``dro``, Tinker's, ROLL's ``kimi15``; arXiv:2405.19107, 2501.12599 |
-| ``nll`` | -weight log \pi where A > 0 | to be added to another, for VAPO, arXiv:2504.05118 |
-
-Each has a device function of its name in kernels/surrogates.py. A class of your own derives from
-:class:`Surrogate` and needs no change here.
+Its device function, of the same name, is in kernels/surrogates.py. A class of your own derives
+from :class:`Surrogate` and needs no change here.
 """
-
-# ruff: noqa: E501  (the table)
 
 from __future__ import annotations
 
@@ -240,61 +211,41 @@ class Clip(Surrogate, kind="clip"):
 
 
 @dataclass(frozen=True)
-class PolicyGradient(Surrogate, kind="policy_gradient"):
-    """l = -sg(clip(r, low, high)) A log_prob, where sg has no gradient; a clip for each sign of A.
+class Cispo(Surrogate, kind="cispo"):
+    """l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log_prob, where sg has no gradient.
 
-    By default the weight is 1: the plain policy gradient, which reads no ratio. ``math.inf`` is no
-    upper bound, 0 no lower one.
+    One clip for either sign of A. 1 - eps_low = 0 leaves no lower bound; eps_high may be negative.
     """
 
     uses_log_prob = False
     scales_with_advantage = True
-    ratio_is_constant = True
 
-    positive_low: float = 1.0
-    positive_high: float = 1.0
-    negative_low: float = 1.0
-    negative_high: float = 1.0
+    eps_low: float = 0.2
+    eps_high: float = 0.2
 
     def __post_init__(self):
-        for sign in ("positive", "negative"):
-            low, high = f"{sign}_low", f"{sign}_high"
-            lowest = check_number(getattr(self, low), low, f"{low} >= 0", lambda v: v >= 0)
-            _check_bound(getattr(self, high), high, f"{high} >= {low}", lowest)
+        check_number(self.eps_low, "eps_low", "0 <= eps_low <= 1", lambda v: 0 <= v <= 1)
+        # TRL's epsilon_high is the bound itself, 1 + eps_high here, and may be below 1.
+        rule = "eps_high >= -eps_low and eps_high > -1"
+        check_number(self.eps_high, "eps_high", rule, lambda v: v >= -self.eps_low and v > -1)
+
+    def settings(self) -> tuple[float, ...]:
+        return 1 - self.eps_low, 1 + self.eps_high
 
     def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
-        low, high = self.bounds(advantage, *self.settings())
-        return -clamp(ratio, low, high).detach() * advantage * log_prob
-
-    @staticmethod
-    def bounds(advantage: Tensor, *settings: float) -> tuple[Tensor, Tensor]:
-        """What the ratio is clamped to, by the sign of A."""
-        low, high = settings[:2], settings[2:]
-        return _by_sign(advantage, low[0], high[0]), _by_sign(advantage, low[1], high[1])
+        return -clamp(ratio, *self.settings()).detach() * advantage * log_prob
 
     @classmethod
     def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
-        low, high = PolicyGradient.bounds(advantage, *settings)
+        low, high = settings
         past_ratio = -advantage * ratio.clamp(low, high)
         return past_ratio * log_prob, 0.0, past_ratio, ratio < low, ratio > high
 
     @staticmethod
     def device() -> JITFunction:
-        from .kernels.surrogates import policy_gradient
+        from .kernels.surrogates import cispo
 
-        return policy_gradient
-
-
-@dataclass(frozen=True)
-class Cispo(PolicyGradient, kind="cispo"):
-    """l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log_prob, where sg has no gradient.
-
-    One clip for either sign of A. 1 - eps_low = 0 leaves no lower bound; eps_high may be negative,
-    or ``math.inf`` for no upper bound.
-    """
-
-    eps_low: float = 0.2
-    eps_high: float = 0.2
+        return cispo
 
 
 @dataclass(frozen=True)
