@@ -300,13 +300,50 @@ def test_weights_of_the_whole_batch_survive_shuffle_and_split(model_path, tmp_pa
         assert order != list(range(16)), "TRL shuffles: this test must see that"
 
 
+@pytest.mark.parametrize("aggregation", ["grpo_per_prompt", "prompt_mean", "balanced", "delta_l"])
+@pytest.mark.parametrize("drop", [False, True])
+def test_prompts(model_path, tmp_path, aggregation, drop):
+    """Weights over the completions of a prompt; and prompts without a signal left out."""
+    trainer, _ = build(
+        DeltaLGRPOTrainer, model_path, tmp_path, aggregation=aggregation, beta=0.1, perturb=0.1,
+        drop_zero_advantage_groups=drop, per_device_train_batch_size=16, mask_truncated_completions=True,
+    )  # fmt: skip
+    alike = prompts()[1]["prompt"]
+    trainer.reward_funcs = [
+        lambda prompts, completion_ids, **_: [
+            0.0 if prompt == alike else float(len(ids) % 3)
+            for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+    ]
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([prompts()[i // 4] for i in range(16)])
+    advantages, lengths = batch["advantages"], batch["completion_mask"].sum(1)
+    assert (advantages[4:8] == 0).all() and (lengths == 0).any() and (lengths[4:8] > 0).any()
+    of_prompts = torch.arange(16) // 4
+    given = {
+        "delta_l": {"max_length": MAX_LENGTH},
+        "balanced": {"groups": of_prompts, "advantages": advantages},
+    }.get(aggregation, {"groups": of_prompts})
+    keep = {"keep": of_prompts != 1} if drop else {}
+    expected = dl_norm.sequence_weights(lengths, aggregation, **given, **keep)
+    torch.testing.assert_close(batch["sequence_weights"], expected)
+    assert bool((expected[4:8] == 0).all()) == drop
+
+    # The KL term of a prompt that is left out is left out too.
+    batch["ref_per_token_logps"][4:8] += 3
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, batch)
+    batch["ref_per_token_logps"][4:8] -= 3
+    assert (loss == trainer._compute_loss(trainer.model, batch)).item() == drop
+
+
 def test_all_completions_masked_gives_zero_loss_and_gradient(model_path, tmp_path):
     def endless(prompts, trainer):
         ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
         completions = [[5] * MAX_LENGTH for _ in prompts]
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
-    for aggregation in dl_norm.weights.METHODS:
+    for aggregation in dl_norm.aggregations.AGGREGATIONS:
         gradients, logs = run(
             DeltaLGRPOTrainer,
             model_path,

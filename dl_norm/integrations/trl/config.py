@@ -8,9 +8,9 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
+from dl_norm.aggregations import AGGREGATIONS
 from dl_norm.options import make_token_loss
 from dl_norm.surrogates import SURROGATES
-from dl_norm.weights import METHODS
 
 # Options that the loss here cannot follow, and what to do instead. Each must keep TRL's default.
 REFUSED = {
@@ -66,10 +66,14 @@ class DeltaLGRPOConfig(GRPOConfig):
 
     Args:
         aggregation: "delta_l" (default), "grpo", "dapo", "dr_grpo" or "luspo". With the last four a
-            step has the loss and the gradients of TRL's ``loss_type`` of that name.
+            step has the loss and the gradients of TRL's ``loss_type`` of that name. Or, over the
+            completions of a prompt, "grpo_per_prompt", "prompt_mean" or "balanced" (see
+            ``dl_norm.sequence_weights``).
         alpha: exponent of "delta_l", x_i = (1/M) L_i^-alpha / sum_j L_j^-alpha, with
             M = ``max_completion_length``; from 0 to 16. 1 has the least variance, 0 is Dr. GRPO;
             the paper uses 1 and 0.75.
+        drop_zero_advantage_groups: leave prompts whose completions all have advantage 0 out of the
+            loss, its KL term and every count that its weights divide by.
         surrogate: the token loss, "clip" (default), "cispo" or "sapo", or the import path of one of
             your own, "my_package.losses:my_loss" (see ``dl_norm.surrogate``). TRL's
             ``loss_type="cispo"`` is aggregation "dapo" with "cispo", ``loss_type="sapo"`` is "grpo"
@@ -89,11 +93,15 @@ class DeltaLGRPOConfig(GRPOConfig):
 
     aggregation: str = field(
         default="delta_l",
-        metadata={"help": f"How token losses become one loss: {', '.join(METHODS)}."},
+        metadata={"help": f"How token losses become one loss: {', '.join(AGGREGATIONS)}."},
     )
     alpha: float = field(
         default=1.0,
         metadata={"help": "Exponent of aggregation 'delta_l': weights proportional to L^-alpha."},
+    )
+    drop_zero_advantage_groups: bool = field(
+        default=False,
+        metadata={"help": "Leave prompts whose advantages are all 0 out of every count."},
     )
     surrogate: str = field(
         default="clip",
@@ -152,7 +160,7 @@ def is_own(surrogate: str) -> bool:
 def check_options(args: DeltaLGRPOConfig) -> None:
     """Raises TypeError or ValueError for what the loss cannot follow."""
     _check_types(args)
-    _check_choice("aggregation", args.aggregation, METHODS)
+    _check_choice("aggregation", args.aggregation, AGGREGATIONS)
     if not is_own(args.surrogate):
         _check_choice("surrogate", args.surrogate, SURROGATES)
     _check_loss_type(args)
@@ -191,7 +199,7 @@ def warnings_of(args: DeltaLGRPOConfig) -> list[str]:
 def _check_types(args: DeltaLGRPOConfig) -> None:
     for names, kind, what in (
         (("aggregation", "surrogate", "loss_type"), str, "a string"),
-        (("fused_lm_head",), bool, "True or False"),
+        (("fused_lm_head", "drop_zero_advantage_groups"), bool, "True or False"),
         (("alpha", *NUMBERS), (int, float), "a Python number"),
         (("fused_lm_head_chunk_size",), int, "an int"),
     ):
@@ -251,7 +259,8 @@ def _check_aggregation(args: DeltaLGRPOConfig) -> None:
             f"alpha={args.alpha!r} has no meaning for aggregation={args.aggregation!r}; leave it "
             "unset, or use aggregation='delta_l'"
         )
-    if not args.max_completion_length and args.aggregation in ("delta_l", "dr_grpo"):
+    row = AGGREGATIONS[args.aggregation]  # type: ignore[index]
+    if not args.max_completion_length and row.takes_max_length:
         raise ValueError(
             f"max_completion_length={args.max_completion_length!r}, but aggregation="
             f"{args.aggregation!r} divides by it (the M of the formula): set max_completion_length"

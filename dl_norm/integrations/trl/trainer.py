@@ -14,7 +14,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 import dl_norm
-from dl_norm.aggregations import Method
+from dl_norm.aggregations import AGGREGATIONS, Method
 
 from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
 from .fused_head import add_loss_head, loss_of_gradient
@@ -24,13 +24,21 @@ logger = get_logger(__name__)
 
 # Keys in TRL's batch dictionary
 SEQUENCE_WEIGHTS = "sequence_weights"  # (B,) weights
+KEPT = "kept_sequences"  # (B,) bool, with drop_zero_advantage_groups
 LOSS_TOKENS = "loss_tokens"  # int, how many tokens of the micro-batch count
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:
     """(B, T) integer mask of the tokens that count: completion tokens that the policy wrote."""
     mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    return mask * inputs[KEPT][:, None] if KEPT in inputs else mask
+
+
+def _of_sequences(advantages: Tensor) -> Tensor:
+    """(B,) one number a sequence: the sum, where TRL's subclasses have one per token."""
+    return advantages.sum(1) if advantages.dim() == 2 else advantages
 
 
 def _without_dim_of_one(values: Tensor) -> Tensor:
@@ -38,24 +46,25 @@ def _without_dim_of_one(values: Tensor) -> Tensor:
     return values.squeeze(1) if values.dim() == 2 and values.size(1) == 1 else values
 
 
-def _generation_batch_weights(
-    lengths: Tensor, aggregation: Method, alpha: float, max_length: int | None
-) -> Tensor:
+def _generation_batch_weights(lengths: Tensor, aggregation: Method, **known: Any) -> Tensor:
     """(G,) weights of all sequences of a generation batch from their (G,) lengths.
 
-    ``dl_norm.sequence_weights`` leaves empty sequences (fully masked, as by
-    ``mask_truncated_completions``) out of G; TRL's "grpo", "dr_grpo" and "luspo" divide by all
-    sequences, so for these the weights shrink by the share of sequences that are not empty.
+    ``known``: what any method may ask for. ``dl_norm.sequence_weights`` leaves empty sequences
+    (fully masked, as by ``mask_truncated_completions``) out of G; TRL's "grpo", "dr_grpo" and
+    "luspo" divide by all sequences, so for these the weights shrink by the share of sequences that
+    are not empty.
     """
-    if aggregation == "delta_l":
-        return dl_norm.sequence_weights(lengths, alpha=alpha, max_length=max_length, group="local")
-    if aggregation == "dapo":
-        return dl_norm.sequence_weights(lengths, "dapo", group="local")
-    share = (lengths > 0).float().mean()
-    max_length = max_length if aggregation == "dr_grpo" else None
-    return share * dl_norm.sequence_weights(
-        lengths, aggregation, max_length=max_length, group="local"
-    )
+    row = AGGREGATIONS[aggregation]
+    asked_for = {
+        "alpha": row.takes_alpha, "max_length": row.takes_max_length, "groups": row.takes_groups,
+        "advantages": row.takes_advantages, "keep": True,
+    }  # fmt: skip
+    known = {name: known[name] for name, asked in asked_for.items() if asked}
+    weights = dl_norm.sequence_weights(lengths, aggregation, group="local", **known)
+    if aggregation in ("grpo", "dr_grpo", "luspo"):
+        counted = lengths > 0 if known["keep"] is None else (lengths > 0) | ~known["keep"]
+        weights = weights * counted.float().mean()
+    return weights
 
 
 class DeltaLGRPOTrainer(GRPOTrainer):
@@ -121,14 +130,28 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         """TRL's batch plus the (B,) weights of its sequences, out of all processes' sequences."""
         batch = super()._generate_and_score_completions(inputs)
         local = _loss_mask(batch).sum(dim=1)
+        lengths = self.accelerator.gather(local)
+        advantages = self.accelerator.gather(_of_sequences(batch["advantages"]))
+        # The sequences of a prompt stand together.
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        assert size is not None
+        keep = None
+        if self.args.drop_zero_advantage_groups:
+            keep = (advantages != 0).view(-1, size).any(1).repeat_interleave(size)
         weights = _generation_batch_weights(
-            self.accelerator.gather(local),
+            lengths,
             cast(Method, self.args.aggregation),
-            self.args.alpha,
-            self.max_completion_length,
+            alpha=self.args.alpha,
+            max_length=self.max_completion_length,
+            groups=torch.arange(lengths.numel(), device=lengths.device) // size,
+            advantages=advantages,
+            keep=keep,
         )
         start = self.accelerator.process_index * local.numel()
-        batch[SEQUENCE_WEIGHTS] = weights[start : start + local.numel()]
+        own = slice(start, start + local.numel())
+        batch[SEQUENCE_WEIGHTS] = weights[own]
+        if keep is not None:
+            batch[KEPT] = keep[own]
         return batch
 
     def _prepare_inputs(self, generation_batch):
