@@ -15,6 +15,8 @@ import triton.language as tl
 
 from .surrogates import NUM_METRICS, clamped_ratio, token_metrics, token_terms, unit_ratio
 
+TOKENS_PER_THREAD = tl.constexpr(8)
+
 
 class TokenStreams(NamedTuple):
     """(N,) tensors, contiguous and aligned to 16 bytes, or None."""
@@ -122,15 +124,17 @@ def _of_sequence(PTR, seq, later, lane):
 @triton.jit
 def _store_sums(PARTIAL, programs, values):
     """Stores the sums over a tile of the first eight values of its tokens, one a row. In one
-    reduction they take as many barriers as one sum. The thread of the first vector stores them, as
-    every thread has them all."""
-    groups: tl.constexpr = values[0].shape[1]
+    reduction they take as many barriers as one sum. The first thread stores them, as every thread
+    has them all."""
+    groups: tl.constexpr = values[0].numel // TOKENS_PER_THREAD
+    of_thread: tl.constexpr = values[0].shape[1] // groups
     row = tl.arange(0, 8)[:, None]
     column = tl.arange(0, groups)[None, :]
-    of_vectors = tl.zeros([8, groups], tl.float32)
+    of_threads = tl.zeros([8, groups], tl.float32)
     for k in tl.static_range(8):
-        of_vectors = tl.where(row == k, tl.sum(values[k], axis=0)[None, :], of_vectors)
-    sums = tl.sum(of_vectors, axis=1, keep_dims=True).broadcast_to(8, groups)
+        sums = tl.reshape(tl.sum(values[k], axis=0), (of_thread, groups))
+        of_threads = tl.where(row == k, tl.sum(sums, axis=0)[None, :], of_threads)
+    sums = tl.sum(of_threads, axis=1, keep_dims=True).broadcast_to(8, groups)
     tl.store(PARTIAL + (row * programs + column), sums, mask=column == 0)
 
 
@@ -158,11 +162,14 @@ def _tile_loss(
     elif tokens.policy_weights is None:
         policy_weight = None
 
-    if LOG_RATIO_MEANS is not None:
-        log_ratio_mean = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
-        log_ratio, ratio, outside = clamped_ratio(log_ratio_mean, terms.log_ratio_clamp)
-    elif tokens.old_log_probs is not None:
-        log_ratio, ratio, outside = clamped_ratio(log_prob - old_log_prob, terms.log_ratio_clamp)
+    if LOG_RATIO_MEANS is not None or tokens.old_log_probs is not None:
+        if LOG_RATIO_MEANS is not None:
+            raw = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
+        else:
+            raw = log_prob - old_log_prob
+        if METRICS:
+            raw = tl.where(counted, raw, 0.0)
+        log_ratio, ratio, outside = clamped_ratio(raw, terms.log_ratio_clamp)
     else:
         log_ratio, ratio, outside = unit_ratio(weight)
     loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(

@@ -172,15 +172,17 @@ def token_terms(terms, log_prob, ratio, outside, advantage, policy_weight, ref_l
 @triton.jit
 def token_metrics(counted, advantage, log_ratio, ratio, below, above, kl):
     """The addends of a token to PolicyLossMetrics, in the order of its fields; the last is combined
-    by maximum. 0 where the token is not counted."""
+    by maximum. A token that is not counted has ratio 1 and adds 0."""
+    k3 = ratio - 1.0 - log_ratio
+    ratio = tl.where(counted, ratio, 0.0)
     return (
         tl.where(counted, 1.0, 0.0),
         tl.where(counted & below & (advantage != 0), 1.0, 0.0),
         tl.where(counted & above & (advantage > 0), 1.0, 0.0),
         tl.where(counted & above & (advantage < 0), 1.0, 0.0),
-        tl.where(counted, ratio, 0.0),
-        tl.where(counted, -log_ratio, 0.0),
-        tl.where(counted, ratio - 1.0 - log_ratio, 0.0),
+        ratio,
+        -log_ratio,
+        k3,
         tl.where(counted, kl, 0.0),
-        tl.where(counted, ratio, 0.0),
+        ratio,
     )

@@ -306,7 +306,8 @@ def test_prompts(model_path, tmp_path, aggregation, drop):
     """Weights over the completions of a prompt; and prompts without a signal left out."""
     trainer, _ = build(
         DeltaLGRPOTrainer, model_path, tmp_path, aggregation=aggregation, beta=0.1, perturb=0.1,
-        drop_zero_advantage_groups=drop, per_device_train_batch_size=16, mask_truncated_completions=True,
+        drop_zero_advantage_groups=drop, per_device_train_batch_size=16,
+        mask_truncated_completions=True,
     )  # fmt: skip
     alike = prompts()[1]["prompt"]
     trainer.reward_funcs = [

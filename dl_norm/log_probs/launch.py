@@ -15,6 +15,7 @@ from ..batch import Batch
 from ..device import target
 from ..kernels import surrogates
 from ..kernels.policy_loss import (
+    TOKENS_PER_THREAD,
     TokenStreams,
     policy_loss_bwd_kernel,
     policy_loss_fwd_kernel,
@@ -49,7 +50,7 @@ def tile_config(itemsize: int, warp_size: int) -> TileConfig:
     sequence of a tile and adding up over its threads, costs as much as the loss of three tokens."""
     threads = 128
     vector = 16 // itemsize
-    return TileConfig(8 * threads // vector, vector, threads // warp_size)
+    return TileConfig(TOKENS_PER_THREAD.value * threads // vector, vector, threads // warp_size)
 
 
 def policy_loss_fwd(
@@ -108,7 +109,7 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel() == 0:
         return out
-    block = 2048
+    block = 4096
     with torch.accelerator.device_index(grad.device.index):
         policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), block),)](
             grad, grad_output, out, grad.numel(), IN_PLACE=in_place, BLOCK=block,
