@@ -16,6 +16,7 @@ _is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name
 if TYPE_CHECKING or not _is_command:
     from . import reference
     from .formula import surrogate
+    from .kept.sets import KeptSets
     from .log_probs.loss import delta_l_loss, policy_loss
     from .log_probs.modules import DeltaLLoss
     from .log_probs.off_policy import off_policy_sequence_mask
@@ -36,6 +37,7 @@ if TYPE_CHECKING or not _is_command:
 
 __all__ = [
     "DeltaLLoss",
+    "KeptSets",
     "PolicyLossMetrics",
     "PolicyLossOutputs",
     "Surrogate",

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 
 from torch import Tensor
 
+from .kept.sets import KeptSets
 from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
@@ -69,3 +70,4 @@ class LinearOptions(CallOptions, total=False):
     fp32_logits: bool
     max_tokens: int | None
     compact: bool
+    kept: KeptSets | None

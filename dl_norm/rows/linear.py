@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..checks import LOG_PROB_DTYPES
 from ..device import implementation_for
+from ..kept.autograd import KeptPolicyLossFunction
+from ..kept.sets import KeptSets, check_kept
 from ..keywords import Impl, LinearOptions, LossOptions
 from .autograd import LinearPolicyLossFunction
 from .chunks import ChunkOptions
@@ -76,6 +78,7 @@ def linear_policy_loss(
     fp32_logits: bool = False,
     max_tokens: int | None = None,
     compact: bool = False,
+    kept: KeptSets | None = None,
     impl: Impl | None = None,
     entropy: bool = False,
     return_log_probs: bool = False,
@@ -114,6 +117,15 @@ def linear_policy_loss(
         max_tokens: an upper bound of the number of tokens with mask != 0, if the host knows one.
             If there are more, ValueError on a CPU; on a GPU the loss is NaN.
         compact: see above.
+        kept: the sets that top-k, top-p or min-p sampling drew from, :class:`dl_norm.KeptSets`.
+            The policy is then the softmax over the set K_t of each token, log pi = z_y -
+            log sum_{v in K_t} exp(z_v) with z = logits / temperature, and so are entropy and
+            ``old_log_probs`` to be. Nothing of size V is computed: per entry of a set two products
+            of length D forward, and one for the head's gradient, whose sums are in float32. A
+            token whose set is itself has log-prob 0, no gradient, and costs nothing. Logits are
+            float32, tokens that do not count are left out, and no chunk_size, max_tokens or
+            compact is taken. A token that counts and is not in its set, an id twice in a set or
+            outside the vocabulary: ValueError on a CPU, else a loss of NaN.
 
     Returns:
         A 0-dim float32 loss, or (loss, PolicyLossOutputs). Deterministic: no atomics.
@@ -136,6 +148,11 @@ def linear_policy_loss(
         row_settings(temperature, logit_softcap, wanted),
         vocabulary=lm_head_weight.shape[0], wanted=wanted,
     )  # fmt: skip
+    function, third = LinearPolicyLossFunction, chunks
+    if kept is not None:
+        chunks.check_unused()
+        check_kept(kept, token_ids, mask, lm_head_weight.shape[0])
+        function, third = KeptPolicyLossFunction, kept
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)
     needed = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -143,8 +160,8 @@ def linear_policy_loss(
     )
     # What autocast asks for has been done: inside, it would cast the products' float32 operands.
     with without_autocast(hidden.device.type):
-        results = LinearPolicyLossFunction.apply(
-            hidden, lm_head_weight, bias, rows, settings, chunks,
+        results = function.apply(
+            hidden, lm_head_weight, bias, rows, settings, third,
             implementation_for(impl, hidden), needed,
         )  # fmt: skip
     return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)
