@@ -1,10 +1,10 @@
 """Device code of the policy loss over kept sets: products of hidden states and rows of the head.
 
-N tokens of D values and a head of V rows. The E entries of the sets, of which those of token n are
-[OFFSETS[n], OFFSETS[n + 1]), each name a row of the head: the product with it is the entry's score.
-A row is whole vectors of VECTOR values, or VECTOR is 1; strides are in vectors, so that the compiler
-knows what is aligned. The loss of the tokens lies between the first kernel and the others: it is
-that of policy_loss.py.
+N tokens of D values and a head of V rows. E entries, of which those of token n are OFFSETS[n] to
+OFFSETS[n + 1], each name a row of the head: the product with it is the entry's score. A row is
+whole vectors of VECTOR values, or VECTOR is 1; strides are in vectors, so that the compiler knows
+what is aligned. The loss of the tokens, between the first kernel and the others, is that of
+policy_loss.py.
 """
 
 import triton

@@ -8,6 +8,7 @@ implementation, of the gradient at a logit: one ulp of each.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Case:
         """(N,) lists of ids."""
         ends = self.kept.offsets.tolist()
         ids = self.kept.ids.tolist()
-        return [ids[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        return [ids[a:b] for a, b in itertools.pairwise(ends)]
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
@@ -87,8 +88,11 @@ def make_case(device):
         token_ids = torch.randint(vocabulary, shape, generator=random)
         mask = torch.rand(shape, generator=random) < 0.7
         kept = kept_of(draw_sets(token_ids, mask, vocabulary, random), "cpu", ids)
-        case = Case(hidden, weight, bias, token_ids, None, torch.randn(shape[0], generator=random),
-                    mask, (torch.rand(shape[0], generator=random) + 0.1) * 1e-4, kept, {})  # fmt: skip
+        advantages = torch.randn(shape[0], generator=random)
+        weights = (torch.rand(shape[0], generator=random) + 0.1) * 1e-4
+        case = Case(
+            hidden, weight, bias, token_ids, None, advantages, mask, weights, kept, {}
+        )  # fmt: skip
         with torch.no_grad():
             log_probs = masked_log_probs(case, torch.float64, softcap, temperature)[0]
         case.old = (log_probs + 0.3 * torch.randn(shape, generator=random)).float()
@@ -393,8 +397,8 @@ def test_a_vocabulary_of_sets_is_the_full_head(make_case, impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_the_same_bits(make_case, impl, on_gpu, request):
-    """On every run; and in any order of a set of two, whose sums of probabilities have no order: the
-    loss and what adds up in the order of the tokens. d hidden adds up in that of the set."""
+    """On every run; and in any order of a set of two, whose sum of probabilities has no order: the
+    loss, and what adds up in the order of the tokens. d hidden adds up in that of the set."""
     case = make_case((4, 12), vocabulary=20)
     if on_gpu:
         request.getfixturevalue("as_on_a_gpu")

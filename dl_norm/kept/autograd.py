@@ -76,6 +76,25 @@ def _(
     return fake_log_probs(token_ids, entropy)
 
 
+def kept_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: TokenRows,
+    settings: RowSettings,
+    kept: KeptSets,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs, and entropy or nothing, of the N rows, without loss and gradient."""
+    if not has_no_values(hidden):
+        return kept_log_probs_forward(hidden, weight, bias, rows, settings, kept, impl)
+    log_probs, entropy = kept_log_probs_op(
+        hidden, weight, bias, rows.token_ids, rows.active, settings.temperature, settings.softcap,
+        settings.entropy, kept, impl,
+    )  # fmt: skip
+    return log_probs, entropy
+
+
 class KeptPolicyLossFunction(LinearPolicyLossFunction):
     """Differentiable as :class:`dl_norm.rows.autograd.LinearPolicyLossFunction` is, whose backward
     it has."""

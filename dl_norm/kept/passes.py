@@ -35,14 +35,15 @@ def kept_forward(
     needed: tuple[bool, ...],
 ) -> tuple[Forward, list[Tensor]]:
     """What :func:`dl_norm.rows.passes.linear_forward` returns, over kept sets."""
-    assert settings.terms is not None and rows.weights is not None
+    assert settings.terms is not None
     run = implementation(impl)
     rows, half = half_scale(rows, hidden.dtype if any(needed) else torch.float32)
+    assert rows.weights is not None
     flat = hidden.reshape(-1, hidden.shape[-1])
     entries = make_entries(kept.ids, kept.offsets, rows, weight.shape[0])
     logits = run.kept_log_probs(flat, weight, bias, entries, settings)
     # What does not depend on the log-prob does not know that it is NaN.
-    rows = replace(rows, weights=torch.where(entries.bad, torch.nan, rows.weights))
+    rows = replace(rows, weights=rows.weights.masked_fill(entries.bad, torch.nan))
     batch = rows.as_batch(logits.log_probs)._replace(mask=rows.active[:, None])
     loss, token_grads, sums = run.policy_loss_fwd(
         batch, settings.terms, any(needed), settings.metrics

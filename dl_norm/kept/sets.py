@@ -95,15 +95,14 @@ def _check_values(kept: KeptSets, token_ids: Tensor, mask: Tensor | None, vocabu
     trouble = find_trouble(entries, token_ids.reshape(-1), counted.reshape(-1), vocabulary)
     for kind, message in _MESSAGES.items():
         wrong = getattr(trouble, kind)
-        if not bool(wrong.any()):
-            continue
-        token = int(wrong.nonzero()[0, 0])
-        kept_set = kept.ids[int(kept.offsets[token]) : int(kept.offsets[token + 1])].tolist()
-        shown = f"{kept_set[:8]}" if len(kept_set) <= 8 else f"{kept_set[:8]} and more"
-        raise ValueError(
-            message.format(V=vocabulary)
-            + f": position {token} has token {int(token_ids.reshape(-1)[token])} and the set {shown}"
-        )
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0, 0])
+            members = kept.ids[int(kept.offsets[place]) : int(kept.offsets[place + 1])].tolist()
+            raise ValueError(
+                f"{message.format(V=vocabulary)}: position {place} has token "
+                f"{int(token_ids.reshape(-1)[place])} and the set {members[:8]}"
+                f"{' and more' if len(members) > 8 else ''}"
+            )
 
 
 _MESSAGES = {

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..checks import has_no_values
 from ..device import implementation_for
-from ..kept.autograd import kept_log_probs_op
-from ..kept.passes import kept_log_probs_forward
+from ..kept.autograd import kept_token_log_probs
 from ..kept.sets import KeptSets, check_kept
 from .autograd import log_probs_op
 from .chunks import ChunkOptions
@@ -72,11 +71,9 @@ def token_log_probs(
         check_head(hidden_or_logits, lm_head_weight, bias)
         vocabulary = lm_head_weight.shape[0]
     check_token_ids(token_ids, mask, hidden_or_logits.detach()[..., 0], vocabulary)
-    operator, forward, last = log_probs_op, log_probs_forward, chunks
     if kept is not None:
         chunks.check_unused()
         check_kept(kept, token_ids, mask, vocabulary)
-        operator, forward, last = kept_log_probs_op, kept_log_probs_forward, kept
     if mask is None:
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
     else:
@@ -90,12 +87,17 @@ def token_log_probs(
     ids = token_ids.reshape(-1).contiguous()
     # What autocast asks for has been done.
     with without_autocast(ids.device.type):
-        if has_no_values(ids):
-            log_probs, entropies = operator(
-                *tensors, ids, active, settings.temperature, settings.softcap, entropy, last, impl
+        if kept is not None:
+            assert lm_head_weight is not None
+            log_probs, entropies = kept_token_log_probs(
+                hidden_or_logits, lm_head_weight, bias, TokenRows(ids, active), settings, kept, impl
+            )
+        elif has_no_values(ids):
+            log_probs, entropies = log_probs_op(
+                *tensors, ids, active, settings.temperature, settings.softcap, entropy, chunks, impl
             )  # fmt: skip
         else:
             rows = TokenRows(ids, active)
-            log_probs, entropies = forward(*tensors, rows, settings, last, impl)
+            log_probs, entropies = log_probs_forward(*tensors, rows, settings, chunks, impl)
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropies.view(token_ids.shape)) if entropy else log_probs
