@@ -22,6 +22,7 @@ from torch import Tensor
 import dl_norm
 import dl_norm.reference
 from bench import heads
+from bench.cases import EPS_HIGH, EPS_LOW, draw_lengths
 from bench.contest import OURS, Contestant, Expected, Loss, Prepared, our_impl
 from bench.head_peers import CLIP
 from bench.heads import LOG_RATIOS, HeadInputs
@@ -45,6 +46,7 @@ class KeptCase:
     fill: float = 1.0
     scaled_from: str | None = None
     itemsize: int = 2
+    frozen: bool = False  # the head, as under LoRA: no gradient of size V x D is written
 
     def sizes(self) -> Tensor:
         """(tokens,) sizes of the sets of the tokens that count."""
@@ -55,30 +57,38 @@ class KeptCase:
         return int(self.lengths().sum())
 
     def lengths(self) -> Tensor:
-        return heads.draw_lengths(self.sequences, self.max_length, self.fill)
+        return draw_lengths(self.sequences, self.max_length, self.fill)
 
     def _entries(self) -> int:
         sizes = self.sizes()
         return int(sizes[sizes > 1].sum())
 
     def bytes_moved(self) -> int:
-        rows = 2 * self._entries() + 3 * self.tokens + self.vocabulary
+        rows = 2 * (self._entries() + self.tokens)
+        if not self.frozen:
+            rows += self.tokens + self.vocabulary
         return self.itemsize * self.hidden * rows
 
     def flops(self) -> int:
-        return 6 * self._entries() * self.hidden
+        return (4 if self.frozen else 6) * self._entries() * self.hidden
 
 
 GPU_CASES = (
     KeptCase("8192x4096x151936", 8, 1024, 151_936, 4096),
+    KeptCase("8192x4096x151936 frozen head", 8, 1024, 151_936, 4096, frozen=True),
     KeptCase("32768x2048x151936", 32, 1024, 151_936, 2048),
 )
 _CPU = {"scaled_from": "8192x4096x151936", "itemsize": 4}
 CPU_CASES = (
     KeptCase("256x896x151936", 4, 64, 151_936, 896, **_CPU),
+    KeptCase("256x896x151936 frozen head", 4, 64, 151_936, 896, frozen=True, **_CPU),
     KeptCase("2048x1024x151936", 8, 256, 151_936, 1024, **_CPU),
+    KeptCase("2048x1024x151936 frozen head", 8, 256, 151_936, 1024, frozen=True, **_CPU),
 )
-TINY_CASES = (KeptCase("3x8x64", 3, 8, 64, 16, 0.6, itemsize=4),)
+TINY_CASES = (
+    KeptCase("3x8x64", 3, 8, 64, 16, 0.6, itemsize=4),
+    KeptCase("3x8x64 frozen head", 3, 8, 64, 16, 0.6, itemsize=4, frozen=True),
+)
 
 
 def cases_for(device: torch.device) -> tuple[KeptCase, ...]:
@@ -129,7 +139,7 @@ def make_inputs(case: KeptCase, device: torch.device, seed: int = 0) -> KeptInpu
     picked = torch.tensor(LOG_RATIOS)[torch.randint(len(LOG_RATIOS), shape, generator=random)]
     weights = dl_norm.sequence_weights(lengths, "delta_l", max_length=case.max_length)
     return KeptInputs(
-        leaves=(hidden.requires_grad_(), head.requires_grad_()),
+        leaves=(hidden.requires_grad_(), head.requires_grad_(not case.frozen)),
         token_ids=kept.ids[places].view(shape),
         old_log_probs=own.view(shape).masked_fill(~mask, 0.0) - picked.to(device),
         advantages=torch.randn(case.sequences, generator=random).to(device),
@@ -168,12 +178,15 @@ def truth(inputs: KeptInputs) -> Expected:
     log_probs = torch.zeros_like(inputs.mask, dtype=torch.float64).masked_scatter(inputs.mask, own)
     loss = dl_norm.reference.policy_loss(
         log_probs, inputs.old_log_probs.double(), inputs.advantages.double(), inputs.mask,
-        inputs.weights.double(), **CLIP,
+        inputs.weights.double(), eps_low=EPS_LOW, eps_high=EPS_HIGH,
     )  # fmt: skip
     upstream, hidden_grad, rows_grad = torch.autograd.grad(loss, (log_probs, *leaves))
+    scale = upstream.abs().sum().item()
+    if not inputs.leaves[1].requires_grad:
+        return Expected(loss.detach(), (hidden_grad,), scale)
     head_grad = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
     head_grad.index_copy_(0, used, rows_grad.float())
-    return Expected(loss.detach(), (hidden_grad, head_grad), upstream.abs().sum().item())
+    return Expected(loss.detach(), (hidden_grad, head_grad), scale)
 
 
 # contestants
@@ -231,7 +244,8 @@ def _full_head(inputs: KeptInputs) -> AnotherPolicy:
         (ours,) = torch.autograd.grad(loss(), hidden)
         heads.check_gradients((ours[rows],), Expected(exact, (exact,), 1.0))
 
-    return AnotherPolicy(loss, inputs.leaves, check=check)
+    leaves = tuple(leaf for leaf in inputs.leaves if leaf.requires_grad)
+    return AnotherPolicy(loss, leaves, check=check)
 
 
 def check(prepared: Prepared, expected: Expected) -> None:
