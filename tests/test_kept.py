@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dl_norm
+from bench.timing import peak_memory
 from dl_norm import KeptSets, linear_policy_loss, token_log_probs
 
 sys.path.append(str(Path(__file__).parent))
@@ -723,3 +724,66 @@ def check_masked(make_case, impl, log_probs_of):
     torch.testing.assert_close(loss, their_loss.detach(), rtol=1e-5, atol=0)
     for ours, leaf in zip(grads, (leaves.hidden, leaves.weight), strict=True):
         torch.testing.assert_close(ours, leaf.grad, rtol=1e-4, atol=1e-9)
+
+
+# -- memory
+
+
+@pytest.mark.parametrize(
+    "impl, dtype", [("torch", torch.float32), ("torch", torch.bfloat16), ("triton", torch.bfloat16)]
+)
+def test_memory_depends_on_the_entries(impl, dtype, device, monkeypatch):
+    """Nothing of tokens times vocabulary, nor of entries times row length; of the vocabulary only
+    the head's gradient, once."""
+    from dl_norm.kept import closed_form
+
+    monkeypatch.setattr(closed_form, "_CPU_BLOCK", 1 << 12)  # less than there is in all
+    size, each, vocabulary = 64, 8, 1 << 14
+    tokens = 1024 if impl == "torch" else 24  # the interpreter is slow
+
+    def peak_of(tokens, vocabulary, frozen):
+        random = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, tokens, size, generator=random).to(device, dtype)
+        head = torch.randn(vocabulary, size, generator=random).to(device, dtype)
+        ids = (torch.arange(tokens)[:, None] * 3 + torch.arange(each) * 17).to(device) % 500
+        kept = KeptSets(ids.flatten(), torch.arange(tokens + 1, device=device) * each)
+        ones = torch.ones(1, device=device)
+        old = torch.zeros(1, tokens, device=device)
+        leaves = [hidden.requires_grad_()]
+        if not frozen:
+            leaves.append(head.requires_grad_())
+
+        def call():
+            loss = linear_policy_loss(
+                hidden, head, ids[:, 0][None], old, ones, torch.ones_like(old), ones, kept=kept,
+                impl=impl,
+            )  # fmt: skip
+            torch.autograd.grad(3.0 * loss, leaves)
+
+        return peak_memory(call, device)
+
+    # Hidden states' gradient and float32 copies, and of an entry a few numbers of 8 bytes.
+    limit = size * (2 * dtype.itemsize + 4) + each * 100 + 200
+    for frozen in (True, False):
+        more = peak_of(2 * tokens, vocabulary, frozen) - peak_of(tokens, vocabulary, frozen)
+        assert more / tokens <= limit < each * size * 4
+    assert peak_of(tokens, vocabulary, True) == peak_of(tokens, 2 * vocabulary, True)
+    head = vocabulary * size * dtype.itemsize
+    more = peak_of(tokens, 2 * vocabulary, False) - peak_of(tokens, vocabulary, False)
+    assert head <= more <= 1.01 * head
+
+
+def test_long_sets_are_multiplied_in_blocks(device, monkeypatch):
+    """And a block is no part of the result."""
+    from dl_norm.kept import closed_form
+
+    hidden = torch.randn(2, 8, device=device)
+    weight = torch.randn(400, 8, device=device)
+    kept = kept_of([list(range(400)), list(range(300))], device)
+    ids = torch.tensor([5, 7], device=device)
+    whole = token_log_probs(hidden, ids, weight, kept=kept, impl="torch")
+    monkeypatch.setattr(closed_form, "_CPU_BLOCK", 64)
+    assert torch.equal(token_log_probs(hidden, ids, weight, kept=kept, impl="torch"), whole)
+    if device.type == "cpu":  # several blocks of a Triton program as well
+        other = token_log_probs(hidden, ids, weight, kept=kept, impl="triton")
+        torch.testing.assert_close(other, whole, rtol=1e-6, atol=2e-6)

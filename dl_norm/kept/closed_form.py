@@ -12,8 +12,8 @@ from ..rows.records import RowSettings
 from .entries import Entries
 from .records import KeptLogits
 
-# Numbers of gathered rows of the head that exist at a time: in a CPU's cache, or enough for a GPU.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 25
+# Numbers of gathered rows that exist at a time: in a CPU's last cache, or enough for a GPU.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 25
 
 
 def kept_log_probs(

@@ -6,7 +6,7 @@ from these entries reads out of bounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -76,51 +76,53 @@ def kept_entries(ids: Tensor, offsets: Tensor, token_ids: Tensor, active: Tensor
 def find_trouble(
     entries: KeptEntries, token_ids: Tensor, active: Tensor, vocabulary: int
 ) -> Trouble:
-    outside = (entries.ids < 0) | (entries.ids >= vocabulary)
-    # Sorted by id and, as the sort is stable, by token: what is there twice is side by side.
     ids, order = torch.sort(entries.ids, stable=True)
-    owners = entries.tokens[order]
-    again = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
-    repeated = F.pad(again, (1, 0)) if ids.shape[0] else again
     return Trouble(
-        active & (_sums(outside, entries.offsets) > 0),
-        active & _any_of(owners, repeated, token_ids.shape[0]),
-        active & (_sums(entries.hits, entries.offsets) == 0),
+        active & _outside(entries, vocabulary),
+        active & _repeated(ids, entries.tokens[order], token_ids.shape[0]),
+        active & _missing(entries),
     )
 
 
 def make_entries(ids: Tensor, offsets: Tensor, rows: TokenRows, vocabulary: int) -> Entries:
     entries = kept_entries(ids, offsets, rows.token_ids, rows.active)
-    trouble = find_trouble(entries, rows.token_ids, rows.active, vocabulary)
-    bad = rows.active & (trouble.outside | trouble.repeated | trouble.missing | ~entries.spans)
     live = entries.active & (entries.offsets.diff()[entries.tokens] > 1)
     if values_are_free(live):
         taken = live.nonzero()[:, 0]
     else:
         taken = torch.argsort((~live).to(torch.uint8), stable=True)
     counts = _sums(live, entries.offsets)
-    part = Entries(
-        ids=entries.ids[taken].clamp(0, vocabulary - 1),
-        tokens=entries.tokens[taken],
-        hits=entries.hits[taken],
-        offsets=F.pad(counts.cumsum(0), (1, 0)),
-        bad=bad,
-        sorted_ids=taken,
-        order=taken,
-    )
-    positions = torch.arange(part.count, device=ids.device)
-    keys = torch.where(positions < part.offsets[-1], part.ids, vocabulary)
+    live_offsets = F.pad(counts.cumsum(0), (1, 0))
+    live_ids, tokens = entries.ids[taken].clamp(0, vocabulary - 1), entries.tokens[taken]
+    positions = torch.arange(live_ids.shape[0], device=ids.device)
+    keys = torch.where(positions < live_offsets[-1], live_ids, vocabulary)
     sorted_ids, order = torch.sort(keys, stable=True)
-    return replace(part, sorted_ids=sorted_ids, order=order)
+    # Of the entries that are left out or clamped none is of a set that has no other trouble.
+    repeated = _repeated(sorted_ids, tokens[order], rows.count)
+    trouble = _outside(entries, vocabulary) | _missing(entries) | repeated | ~entries.spans
+    return Entries(
+        live_ids, tokens, entries.hits[taken], live_offsets, rows.active & trouble, sorted_ids,
+        order,
+    )  # fmt: skip
+
+
+def _outside(entries: KeptEntries, vocabulary: int) -> Tensor:
+    outside = (entries.ids < 0) | (entries.ids >= vocabulary)
+    return _sums(outside, entries.offsets) > 0
+
+
+def _missing(entries: KeptEntries) -> Tensor:
+    return _sums(entries.hits, entries.offsets) == 0
+
+
+def _repeated(sorted_ids: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """(N,) bool: whether a token has an id twice. By a stable sort these are side by side."""
+    again = (sorted_ids[1:] == sorted_ids[:-1]) & (tokens[1:] == tokens[:-1])
+    found = torch.zeros(count + 1, dtype=torch.bool, device=tokens.device)
+    return found.index_fill_(0, torch.where(again, tokens[1:], count), True)[:-1]
 
 
 def _sums(flags: Tensor, offsets: Tensor) -> Tensor:
     """(N,) int64: how many of each token's entries are flagged."""
     running = F.pad(flags.cumsum(0), (1, 0))
     return running[offsets].diff()
-
-
-def _any_of(tokens: Tensor, flags: Tensor, count: int) -> Tensor:
-    """(N,) bool: whether an entry of the token is flagged; these come in any order."""
-    found = torch.zeros(count + 1, dtype=torch.bool, device=tokens.device)
-    return found.index_fill_(0, torch.where(flags, tokens, count), True)[:-1]
