@@ -37,7 +37,7 @@ class Case:
     advantages: torch.Tensor
     mask: torch.Tensor | None
     weights: torch.Tensor
-    kept: KeptSets
+    kept: KeptSets | None
     tensors: dict
 
     def args(self):
@@ -445,6 +445,23 @@ def test_pieces_of_a_batch_add_up(make_case, impl):
     torch.testing.assert_close(total, loss, rtol=1e-6, atol=0)
     for ours, theirs in zip(sums, grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_tokens_without_a_set(make_case, impl):
+    """Masked here, and their loss added by a call without sets: as if their sets were all of V."""
+    case = make_case(vocabulary=24)
+    has_set = (torch.arange(21, device=case.hidden.device) % 2 == 0).view(case.mask.shape)
+    some = [members if has else [] for members, has in zip(case.sets(), has_set.flatten(),
+                                                           strict=True)]  # fmt: skip
+    all_of_them = [members or list(range(24)) for members in some]
+    expected = truth(case.replace(kept=kept_of(all_of_them, case.hidden.device)))
+    first = run(
+        case.replace(mask=case.mask & has_set, kept=kept_of(some, case.hidden.device)), impl
+    )
+    second = run(case.replace(mask=case.mask & ~has_set, kept=None), impl)
+    sums = [a + b for a, b in zip(first[1], second[1], strict=True)]
+    assert max(errors((first[0] + second[0], sums), expected)) <= BUDGET
 
 
 # -- sets from sequences

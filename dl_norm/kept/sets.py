@@ -15,15 +15,18 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 class KeptSets(NamedTuple):
-    """The tokens that top-k, top-p or min-p sampling had left at each position, in CSR form.
+    """What top-k, top-p or min-p sampling had left to draw each token from, in CSR form.
 
-    Position t, counted through (B, T) row by row or along a packed (N,), was sampled from
-    ``ids[offsets[t] : offsets[t + 1]]``, in any order. As vLLM's ``SamplingMask`` (0.28 and later)
-    and prime-rl, slime and NeMo-RL hand them on.
+    Position t, counted through (B, T) row by row or along a packed (N,), was drawn from
+    ``ids[offsets[t] : offsets[t + 1]]``, in any order. vLLM returns them so, as ``SamplingMask``,
+    from 0.28 on; see :meth:`cat` for the batch.
 
-    - ids: (M,) int64 or int32, in [0, V) where the token counts.
+    - ids: (M,) int64 or int32. Where the token counts, each is in [0, V) and once in its set, and
+      the token is one of them.
     - offsets: (N + 1,) int64 or int32, rising from 0 to M. A token that does not count may have
       any set, the empty one too.
+
+    On a CPU other sets are a ValueError; on a GPU the loss is NaN, or the log-prob of that token.
     """
 
     ids: Tensor

@@ -117,25 +117,29 @@ def linear_policy_loss(
         max_tokens: an upper bound of the number of tokens with mask != 0, if the host knows one.
             If there are more, ValueError on a CPU; on a GPU the loss is NaN.
         compact: see above.
-        kept: the sets that top-k, top-p or min-p sampling drew from, :class:`dl_norm.KeptSets`.
-            The policy is then the softmax over the set K_t of each token, log pi = z_y -
-            log sum_{v in K_t} exp(z_v) with z = logits / temperature, and so are entropy and
-            ``old_log_probs`` to be. Nothing of size V is computed: per entry of a set two products
-            of length D forward, and one for the head's gradient, whose sums are in float32. A
-            token whose set is itself has log-prob 0, no gradient, and costs nothing. Logits are
-            float32, tokens that do not count are left out, and no chunk_size, max_tokens or
-            compact is taken. A token that counts and is not in its set, an id twice in a set or
-            outside the vocabulary: ValueError on a CPU, else a loss of NaN.
+        kept: :class:`dl_norm.KeptSets`, what top-k, top-p or min-p sampling had left to draw each
+            token from. The policy is then the softmax over that set K_t,
+
+            log pi = z_y - log sum_{v in K_t} exp(z_v), z = logits / temperature,
+
+            the entropy is that of this softmax, and ``old_log_probs`` and ``ref_log_probs`` have to
+            be over the same sets. Of the head the rows in the sets alone are read: two products of
+            length D for each entry of a set, and a third for the head's gradient. A token whose set
+            is itself has log-prob 0, no gradient, and costs nothing. Logits are float32, and tokens
+            that count for nothing are left out, so chunk_size, max_tokens and compact are refused.
+            A token that counts must be in its set: mask tokens without a set here, and add the loss
+            of a call without ``kept`` whose mask is theirs.
 
     Returns:
         A 0-dim float32 loss, or (loss, PolicyLossOutputs). Deterministic: no atomics.
 
     Raises:
-        TypeError, ValueError: for what cannot be honoured, saying what was expected.
+        TypeError, ValueError: for what cannot be honoured, saying what was expected. A wrong kept
+            set makes the loss NaN on a GPU, where no value is read on the host.
         RuntimeError: on a second backward through one call (the stored gradients are scaled in
             place), and on a second derivative.
 
-    Source: as :func:`dl_norm.logits_policy_loss`.
+    Source: as :func:`dl_norm.logits_policy_loss`; kept sets arXiv:2512.02556.
     """
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     check_head(hidden, lm_head_weight, bias)
