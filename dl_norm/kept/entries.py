@@ -86,7 +86,7 @@ def find_trouble(
 
 def make_entries(ids: Tensor, offsets: Tensor, rows: TokenRows, vocabulary: int) -> Entries:
     entries = kept_entries(ids, offsets, rows.token_ids, rows.active)
-    live = entries.active & (entries.offsets.diff()[entries.tokens] > 1)
+    live = entries.active & entries.spans & (entries.offsets.diff()[entries.tokens] > 1)
     if values_are_free(live):
         taken = live.nonzero()[:, 0]
     else:

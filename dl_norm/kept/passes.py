@@ -48,7 +48,7 @@ def kept_forward(
     loss, token_grads, sums = run.policy_loss_fwd(
         batch, settings.terms, any(needed), settings.metrics
     )
-    finals = [hidden.new_empty(0)] * 3
+    finals = [hidden.new_empty(0) for _ in needed]  # an operator returns nothing twice
     if any(needed):
         grads, finals[0] = run.kept_hidden_grad(
             flat, weight, entries, logits, token_grads.view(-1), settings, needed[0]
