@@ -1,6 +1,6 @@
 """Kept sets as a sampler returns them, and the checks of them."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: pdoc evaluates those of a named tuple elsewhere.
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class KeptSets(NamedTuple):
     offsets: Tensor
 
     @classmethod
-    def cat(cls, parts: Sequence[tuple[Tensor, Tensor]], length: int | None = None) -> KeptSets:
+    def cat(cls, parts: Sequence[tuple[Tensor, Tensor]], length: int | None = None) -> "KeptSets":
         """The sets of a batch from (ids, offsets) of each sequence, one behind the other.
 
         ``length``: T of a padded batch; empty sets fill every sequence up to it. None: packed.
