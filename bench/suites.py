@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from bench import cases, head_peers, heads, parity, peers
+from bench import cases, head_peers, heads, kept, parity, peers
 from bench.contest import Suite
 
 LOG_PROBS = Suite(
@@ -16,6 +16,18 @@ LOG_PROBS = Suite(
     contestants=peers.CONTESTANTS,
     truth=parity.truth,
     check=parity.check,
+)
+
+KEPT = Suite(
+    name="kept",
+    about="linear_policy_loss over kept sets: hidden states and head to loss and gradients",
+    cases=kept.cases_for,
+    tiny=kept.TINY_CASES,
+    make_inputs=kept.make_inputs,
+    contestants=kept.CONTESTANTS,
+    truth=kept.truth,
+    check=kept.check,
+    passes=("both",),
 )
 
 
@@ -51,5 +63,6 @@ SUITES = {
             truth=heads.cross_entropy_truth,
             check=heads.check_cross_entropy,
         ),
+        KEPT,
     )
 }

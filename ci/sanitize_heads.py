@@ -32,7 +32,10 @@ def configurations() -> Iterator[tuple[str, Callable[[torch.device], list[Tensor
                         v, d, y, o, device
                     ),
                 )
-            for options in ({}, {"logit_softcap": 15.0, "bias": True}, {"fp32_logits": True}):
+            for options in (
+                {}, {"logit_softcap": 15.0, "bias": True}, {"fp32_logits": True},
+                {"kept": True, "logit_softcap": 15.0, "bias": True},
+            ):  # fmt: skip
                 yield (
                     f"linear {label} {'+'.join(options) or '-'} {name}",
                     lambda device, v=vocabulary, d=dtype, p=options, o=outputs: linear(
@@ -132,11 +135,22 @@ def linear(
         bias = draw.normal(vocabulary).to(dtype).requires_grad_()
         options["bias"] = bias
         leaves += (bias,)
-    # Two chunks, so that the head's gradient is accumulated.
-    loss = dl_norm.linear_policy_loss(
-        hidden, head, *tensors, chunk_size=8, **loss_options, **options
-    )
+    if options.pop("kept", False):
+        options["kept"] = kept_sets(tensors[0], vocabulary)
+    else:
+        options["chunk_size"] = 8  # two chunks, so that the head's gradient is accumulated
+    loss = dl_norm.linear_policy_loss(hidden, head, *tensors, **loss_options, **options)
     return results(loss, leaves)
+
+
+def kept_sets(token_ids: Tensor, vocabulary: int) -> dl_norm.KeptSets:
+    """One, three, five and 200 tokens in turn, of which many are in several sets."""
+    sizes = torch.tensor((1, 3, 5, 200), device=token_ids.device).repeat(token_ids.numel())
+    sizes = sizes[: token_ids.numel()]
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    owners = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    steps = torch.arange(len(owners), device=sizes.device) - offsets[owners]
+    return dl_norm.KeptSets((token_ids.flatten()[owners] + steps) % vocabulary, offsets)
 
 
 def log_probs(vocabulary: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -16,6 +16,7 @@ _is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name
 if TYPE_CHECKING or not _is_command:
     from . import reference
     from .formula import surrogate
+    from .kept.sets import KeptSets
     from .kl import KL
     from .log_probs.loss import delta_l_loss, policy_loss
     from .log_probs.modules import DeltaLLoss
@@ -38,6 +39,7 @@ if TYPE_CHECKING or not _is_command:
 __all__ = [
     "KL",
     "DeltaLLoss",
+    "KeptSets",
     "PolicyLossMetrics",
     "PolicyLossOutputs",
     "Surrogate",

@@ -9,6 +9,7 @@ from typing import Literal, TypedDict
 
 from torch import Tensor
 
+from .kept.sets import KeptSets
 from .kl import KL
 from .surrogates import Surrogate
 
@@ -72,3 +73,4 @@ class LinearOptions(CallOptions, total=False):
     fp32_logits: bool
     max_tokens: int | None
     compact: bool
+    kept: KeptSets | None

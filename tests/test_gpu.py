@@ -114,6 +114,37 @@ def test_no_host_sync(layout, impl, options, make_batch):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_kept_sets_without_a_host_sync(impl):
+    """Also those that are wrong, which make the loss NaN."""
+    tokens, vocabulary = 64, 1000
+    hidden = torch.randn(1, tokens, 32, device="cuda", requires_grad=True)
+    head = torch.randn(vocabulary, 32, device="cuda", requires_grad=True)
+    ids = torch.randint(vocabulary, (1, tokens), device="cuda")
+    one, mask = torch.ones(1, device="cuda"), torch.ones_like(ids, dtype=torch.bool)
+    offsets = torch.arange(tokens + 1, device="cuda") * 3
+    members = (ids.flatten()[:, None] + torch.arange(3, device="cuda")) % vocabulary
+    wrong = members.flatten() + 1
+
+    def step(members) -> torch.Tensor:
+        kept = dl_norm.KeptSets(members.flatten(), offsets)
+        old = dl_norm.token_log_probs(hidden, ids, head, mask=mask, kept=kept, impl=impl)
+        loss = dl_norm.linear_policy_loss(
+            hidden, head, ids, old, one, mask, one, kept=kept, impl=impl
+        )
+        (loss * 0.5).backward()
+        return loss
+
+    step(members)  # compiling may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = step(members), step(wrong)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert losses[0].isfinite() and losses[1].isnan()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_device_that_is_not_current(make_batch, run_loss):
     batch = make_batch([500, 0, 1300], holes=True)

@@ -98,6 +98,7 @@ def test_contributing_names_every_module() -> None:
     rooms = (
         "dl_norm",
         "dl_norm/integrations",
+        "dl_norm/kept",
         "dl_norm/log_probs",
         "dl_norm/rows",
         "dl_norm/weights",

@@ -31,6 +31,33 @@ def _fake_forward(rows: TokenRows, settings: RowSettings, half: bool) -> Forward
     )  # fmt: skip
 
 
+def fake_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: TokenRows,
+    settings: RowSettings,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    half = any(needed) and hidden.dtype == torch.float16
+    grads = [
+        hidden.new_empty(
+            tensor.shape if need and tensor is not None else (0,),
+            dtype=torch.float32 if half and need and tensor is not hidden else hidden.dtype,
+        )
+        for tensor, need in zip((hidden, weight, bias), needed, strict=True)
+    ]
+    return *_fake_forward(rows, settings, half), *grads
+
+
+def fake_log_probs(token_ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    count = token_ids.shape[0]
+    log_probs, entropies = (
+        token_ids.new_empty(size, dtype=torch.float32) for size in (count, count if entropy else 0)
+    )
+    return log_probs, entropies
+
+
 @operator("logits_policy_loss_fwd", outputs=6)
 def logits_op(
     logits: Tensor, rows: TokenRows, settings: RowSettings, impl: str, write_grad: bool
@@ -76,15 +103,7 @@ def _(
     impl: str,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    half = any(needed) and hidden.dtype == torch.float16
-    grads = [
-        hidden.new_empty(
-            tensor.shape if need and tensor is not None else (0,),
-            dtype=torch.float32 if half and need and tensor is not hidden else hidden.dtype,
-        )
-        for tensor, need in zip((hidden, weight, bias), needed, strict=True)
-    ]
-    return *_fake_forward(rows, settings, half), *grads
+    return fake_linear(hidden, weight, bias, rows, settings, needed)
 
 
 @operator("token_log_probs", outputs=2)
@@ -118,11 +137,7 @@ def _(
     chunks: ChunkOptions,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    count = token_ids.shape[0]
-    log_probs, entropies = (
-        token_ids.new_empty(size, dtype=torch.float32) for size in (count, count if entropy else 0)
-    )
-    return log_probs, entropies
+    return fake_log_probs(token_ids, entropy)
 
 
 def _check_backward(ctx, name: str) -> None:
@@ -207,9 +222,20 @@ class LinearPolicyLossFunction(torch.autograd.Function):
             outputs, grads = linear_forward(
                 hidden, weight, bias, rows, settings, chunks, impl, needed
             )
+        return LinearPolicyLossFunction.save(ctx, hidden, outputs, tuple(grads), impl, needed)
+
+    @staticmethod
+    def save(
+        ctx,
+        hidden: Tensor,
+        outputs: Forward,
+        grads: tuple[Tensor, ...],
+        impl: str,
+        needed: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.needed = needed
         ctx.dtype = hidden.dtype
-        return _save(ctx, outputs, tuple(grads), impl)
+        return _save(ctx, outputs, grads, impl)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]

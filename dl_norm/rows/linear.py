@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..checks import LOG_PROB_DTYPES
 from ..device import implementation_for
+from ..kept.autograd import KeptPolicyLossFunction
+from ..kept.sets import KeptSets, check_kept
 from ..keywords import Impl, LinearOptions, LossOptions
 from .autograd import LinearPolicyLossFunction
 from .chunks import ChunkOptions
@@ -76,6 +78,7 @@ def linear_policy_loss(
     fp32_logits: bool = False,
     max_tokens: int | None = None,
     compact: bool = False,
+    kept: KeptSets | None = None,
     impl: Impl | None = None,
     entropy: bool = False,
     return_log_probs: bool = False,
@@ -114,16 +117,29 @@ def linear_policy_loss(
         max_tokens: an upper bound of the number of tokens with mask != 0, if the host knows one.
             If there are more, ValueError on a CPU; on a GPU the loss is NaN.
         compact: see above.
+        kept: :class:`dl_norm.KeptSets`, what top-k, top-p or min-p sampling had left to draw each
+            token from. The policy is then the softmax over that set K_t,
+
+            log pi = z_y - log sum_{v in K_t} exp(z_v), z = logits / temperature,
+
+            the entropy is that of this softmax, and ``old_log_probs`` and ``ref_log_probs`` have to
+            be over the same sets. Of the head the rows in the sets alone are read: two products of
+            length D for each entry of a set, and a third for the head's gradient. A token whose set
+            is itself has log-prob 0, no gradient, and costs nothing. Logits are float32, and tokens
+            that count for nothing are left out, so chunk_size, max_tokens and compact are refused.
+            A token that counts must be in its set: mask tokens without a set here, and add the loss
+            of a call without ``kept`` whose mask is theirs.
 
     Returns:
         A 0-dim float32 loss, or (loss, PolicyLossOutputs). Deterministic: no atomics.
 
     Raises:
-        TypeError, ValueError: for what cannot be honoured, saying what was expected.
+        TypeError, ValueError: for what cannot be honoured, saying what was expected. A wrong kept
+            set makes the loss NaN on a GPU, where no value is read on the host.
         RuntimeError: on a second backward through one call (the stored gradients are scaled in
             place), and on a second derivative.
 
-    Source: as :func:`dl_norm.logits_policy_loss`.
+    Source: as :func:`dl_norm.logits_policy_loss`; kept sets arXiv:2512.02556.
     """
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     check_head(hidden, lm_head_weight, bias)
@@ -136,6 +152,11 @@ def linear_policy_loss(
         row_settings(temperature, logit_softcap, wanted),
         vocabulary=lm_head_weight.shape[0], wanted=wanted,
     )  # fmt: skip
+    function, third = LinearPolicyLossFunction, chunks
+    if kept is not None:
+        chunks.check_unused()
+        check_kept(kept, token_ids, mask, lm_head_weight.shape[0])
+        function, third = KeptPolicyLossFunction, kept
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)
     needed = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -143,8 +164,8 @@ def linear_policy_loss(
     )
     # What autocast asks for has been done: inside, it would cast the products' float32 operands.
     with without_autocast(hidden.device.type):
-        results = LinearPolicyLossFunction.apply(
-            hidden, lm_head_weight, bias, rows, settings, chunks,
+        results = function.apply(
+            hidden, lm_head_weight, bias, rows, settings, third,
             implementation_for(impl, hidden), needed,
         )  # fmt: skip
     return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..checks import has_no_values
 from ..device import implementation_for
+from ..kept.autograd import kept_token_log_probs
+from ..kept.sets import KeptSets, check_kept
 from .autograd import log_probs_op
 from .chunks import ChunkOptions
 from .inputs import Wanted, check_logits, check_token_ids, row_settings
@@ -29,6 +31,7 @@ def token_log_probs(
     fp32_logits: bool = False,
     max_tokens: int | None = None,
     compact: bool = False,
+    kept: KeptSets | None = None,
     entropy: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,9 +48,9 @@ def token_log_probs(
         token_ids: (B, T) or (N,), int64 or int32, in [0, V) where mask != 0.
         lm_head_weight: (V, D), or None.
         mask: of the shape of ``token_ids``; where it is 0 the results are 0. None: all tokens.
-        bias, temperature, logit_softcap, chunk_size, fp32_logits, max_tokens, compact, impl: as
-            for :func:`dl_norm.linear_policy_loss`. For logits only temperature, logit_softcap and
-            impl have a meaning.
+        bias, temperature, logit_softcap, chunk_size, fp32_logits, max_tokens, compact, kept, impl:
+            as for :func:`dl_norm.linear_policy_loss`. For logits only temperature, logit_softcap
+            and impl have a meaning.
         entropy: also return the entropy of the softmax, in nats.
 
     Returns:
@@ -60,7 +63,7 @@ def token_log_probs(
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     if lm_head_weight is None:
         check_logits("hidden_or_logits", hidden_or_logits, "V")
-        for name, value in (("bias", bias), *vars(chunks).items()):
+        for name, value in (("bias", bias), ("kept", kept), *vars(chunks).items()):
             if value is not None and value is not False:
                 raise ValueError(f"{name} has no effect on logits: pass lm_head_weight or drop it")
         vocabulary = hidden_or_logits.shape[-1]
@@ -68,6 +71,9 @@ def token_log_probs(
         check_head(hidden_or_logits, lm_head_weight, bias)
         vocabulary = lm_head_weight.shape[0]
     check_token_ids(token_ids, mask, hidden_or_logits.detach()[..., 0], vocabulary)
+    if kept is not None:
+        chunks.check_unused()
+        check_kept(kept, token_ids, mask, vocabulary)
     if mask is None:
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
     else:
@@ -81,7 +87,12 @@ def token_log_probs(
     ids = token_ids.reshape(-1).contiguous()
     # What autocast asks for has been done.
     with without_autocast(ids.device.type):
-        if has_no_values(ids):
+        if kept is not None:
+            assert lm_head_weight is not None
+            log_probs, entropies = kept_token_log_probs(
+                hidden_or_logits, lm_head_weight, bias, TokenRows(ids, active), settings, kept, impl
+            )
+        elif has_no_values(ids):
             log_probs, entropies = log_probs_op(
                 *tensors, ids, active, settings.temperature, settings.softcap, entropy, chunks, impl
             )  # fmt: skip
