@@ -13,7 +13,9 @@ from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
 RatioLevel = Literal["token", "sequence", "sequence_token"]
-SurrogateName = Literal["clip", "cispo", "sapo"]
+SurrogateName = Literal[
+    "clip", "cispo", "sapo", "policy_gradient", "dppo_tv", "dppo_kl", "ipo", "drift", "nll", "dro"
+]
 
 
 class TokenLossOptions(TypedDict, total=False):

@@ -18,6 +18,7 @@ import torch
 
 from bench.lift import NotInstalled, lift
 from dl_norm.log_probs.off_policy import off_policy_sequence_mask
+from dl_norm.surrogates import DppoKL, DppoTV
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 BUDGET = 3e-6
@@ -382,7 +383,8 @@ def test_off_policy_sequence_mask_of_nothing(make_batch):
 
 
 class ActorConfig(SimpleNamespace):
-    pass
+    def get(self, name, default):
+        return getattr(self, name, default)
 
 
 def verl_loss(name: str, batch, **config):
@@ -394,6 +396,7 @@ def verl_loss(name: str, batch, **config):
         ("torch", torch),
         ("verl_F", Hashable(masked_sum=masked_sum, masked_mean=masked_mean)),
         ("ActorConfig", ActorConfig),
+        ("AlgoConfig", type(None)),
     )
     agg_loss = lifted(algorithms, "agg_loss", *tools)
     function = lifted(algorithms, f"compute_policy_loss_{name}", *tools, ("agg_loss", agg_loss))
@@ -426,6 +429,12 @@ class Hashable(SimpleNamespace):
         ("cispo", {"clip_ratio_low": 0.3, "clip_ratio_high": 0.1},
          {"surrogate": "cispo", "eps_low": 0.3, "eps_high": 0.1}),
         ("sapo", {}, {"surrogate": "sapo"}),
+        ("gpg", {}, {"surrogate": "policy_gradient"}),
+        ("dppo_tv", {"clip_ratio_low": 0.02, "clip_ratio_high": 0.03, "clip_ratio_c": 1.2},
+         {"surrogate": DppoTV(0.02, 0.03, ratio_cap=1.2)}),
+        ("dppo_tv", {}, {"surrogate": "dppo_tv(ratio_cap=20)"}),
+        ("dppo_kl", {"clip_ratio": 0.002}, {"surrogate": DppoKL(0.002, 0.002, ratio_cap=20)}),
+        ("dro", {"policy_loss": SimpleNamespace(dro_beta=0.3)}, {"surrogate": "dro(0.3)"}),
     ],
 )  # fmt: skip
 def test_verl(name, theirs, ours, rollout, impl, make_batch, run_loss):
@@ -440,6 +449,6 @@ def test_verl(name, theirs, ours, rollout, impl, make_batch, run_loss):
     assert error.item() <= (1e-7 if impl == "reference" else BUDGET)
     assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5, abs=1e-6)
     summary = got.metrics.summary()
-    if name == "cispo":  # every clipped ratio, of either sign of A
+    if name == "cispo" or name.startswith("dppo"):  # every clipped one, of either sign of A
         clipped = sum(summary[f"clip_fraction_{where}"] for where in ("low", "high", "dual"))
         assert clipped.item() == pytest.approx(expected.metrics["actor/pg_clipfrac"], rel=1e-5)
