@@ -228,9 +228,7 @@ def test_the_clip_as_a_formula_is_the_clip(layout, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "name", ["drift", "cubed", "soft_clip", "ipo + drift", "dro", "dppo_kl"]
-)
+@pytest.mark.parametrize("name", ["drift", "cubed", "soft_clip", "ipo + drift", "dro", "dppo_kl"])
 def test_torch_compile(name, impl):
     tensors = case("padded")
 
