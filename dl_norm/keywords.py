@@ -14,7 +14,17 @@ from .surrogates import Surrogate
 Impl = Literal["triton", "torch"]
 RatioLevel = Literal["token", "sequence", "sequence_token"]
 SurrogateName = Literal[
-    "clip", "cispo", "sapo", "policy_gradient", "dppo_tv", "dppo_kl", "ipo", "drift", "nll", "dro"
+    "clip",
+    "cispo",
+    "sapo",
+    "policy_gradient",
+    "dppo_tv",
+    "dppo_kl",
+    "ipo",
+    "drift",
+    "abs_drift",
+    "nll",
+    "dro",
 ]
 
 

@@ -25,6 +25,7 @@ written as positive_low, positive_high where A >= 0, and negative_low, negative_
 | ``dppo_kl`` | likewise, with KL(\pi_old \|\| \pi) of the token against all others for the size of the change | SkyRL; verl with ratio_cap=20 |
 | ``ipo`` | -A r where \|\pi - \pi_old\| <= delta, else 0 | prime-rl's ``ipo`` |
 | ``drift`` | tau \rho^2 / 2 | to be added to another: prime-rl's default is ``dppo_tv + drift(tau=0.002)``, its kl_tau half our tau |
+| ``abs_drift`` | weight \|\rho\| | to be added to another; verl's and SkyRL's ``kl_cov`` at the tokens of :func:`dl_norm.kl_cov_tokens`, arXiv:2505.22617 |
 | ``dro`` | -A log \pi + tau \rho^2 / 2, that is ``policy_gradient + drift`` | verl's ``dro``, Tinker's, ROLL's ``kimi15``; arXiv:2405.19107, 2501.12599 |
 | ``nll`` | -weight log \pi where A > 0 | to be added to another, for VAPO, arXiv:2504.05118 |
 
@@ -420,13 +421,41 @@ class Drift(Surrogate, kind="drift"):
 
 
 @dataclass(frozen=True)
+class AbsDrift(Surrogate, kind="abs_drift"):
+    r"""l = weight \|log r\|, to be added to another loss; KL-Cov has it at some tokens (see
+    :func:`dl_norm.kl_cov_tokens`). Without gradient where r is 1, and past the log-ratio clamp."""
+
+    uses_log_prob = False
+
+    weight: float = 0.1
+
+    def __post_init__(self):
+        check_number(self.weight, "weight", "weight >= 0", lambda v: v >= 0)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return self.weight * ratio.log().abs()
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        (weight,), log_ratio = settings, ratio.log()
+        never = torch.zeros_like(ratio, dtype=torch.bool)
+        return weight * log_ratio.abs(), weight * log_ratio.sign(), 0.0, never, never
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import abs_drift
+
+        return abs_drift
+
+
+@dataclass(frozen=True)
 class Nll(Surrogate, kind="nll"):
     """l = -weight log_prob where A > 0, to be added to another loss.
 
     Where A is the reward less the mean of its prompt, a correct answer has A > 0 unless all of its
     prompt's are correct: then A = 0 and this term is not there. For other sets of answers, or other
-    weights than those of the policy term, add a second loss of these answers alone, whose
-    advantages are 1: ``policy_loss(log_probs, None, ones, mask, weights * correct,
+    weights than those of the policy term, add a second loss whose advantages are 1:
+    ``policy_loss(log_probs, None, ones, mask, weights, sequence_mask=correct,
     surrogate="policy_gradient")``.
     """
 
@@ -470,7 +499,7 @@ def dro(tau: float = 0.1) -> Surrogate:
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
     **{
         kind.kind: kind
-        for kind in (Clip, Cispo, Sapo, PolicyGradient, DppoTV, DppoKL, Ipo, Drift, Nll)
+        for kind in (Clip, Cispo, Sapo, PolicyGradient, DppoTV, DppoKL, Ipo, Drift, AbsDrift, Nll)
     },
     "dro": dro,
 }

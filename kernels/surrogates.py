@@ -125,6 +125,16 @@ def drift(log_prob, ratio, advantage, tau):
 
 
 @triton.jit
+def abs_drift(log_prob, ratio, advantage, weight):
+    """weight times the size of the log-ratio, whose derivative at 0 is 0."""
+    log_ratio = tl.log(ratio)
+    zeros = tl.zeros_like(log_ratio)
+    through_ratio = tl.where(log_ratio > 0, zeros + weight, tl.where(log_ratio < 0, -weight, zeros))
+    never = ratio < 0.0
+    return weight * tl.abs(log_ratio), through_ratio, zeros, never, never
+
+
+@triton.jit
 def nll(log_prob, ratio, advantage, weight):
     """-weight log_prob where A > 0."""
     zeros = tl.zeros_like(ratio)

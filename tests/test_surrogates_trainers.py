@@ -191,9 +191,9 @@ def test_nemo_rl_nll_of_correct_answers(impl: str) -> None:
     correct = advantages > 0
     term = nll_of(f"{folder}/loss/loss_functions.py", masked_mean)
     theirs = 0.3 * term(log_probs, mask.double(), correct.double())
-    weights = dl_norm.sequence_weights(mask.sum(-1) * correct, "dapo")
+    weights = torch.ones(len(mask)) / mask[correct].sum()
     second = policy_loss(
-        impl, log_probs, None, torch.ones(len(mask)), mask, 0.3 * weights,
+        impl, log_probs, None, torch.ones(len(mask)), mask, 0.3 * weights, sequence_mask=correct,
         surrogate="policy_gradient",
     )  # fmt: skip
     agree(impl, second, theirs, log_probs)
