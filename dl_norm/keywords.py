@@ -12,7 +12,7 @@ from torch import Tensor
 from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
-RatioLevel = Literal["token", "sequence", "sequence_token"]
+RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 SurrogateName = Literal[
     "clip",
     "cispo",
@@ -24,6 +24,8 @@ SurrogateName = Literal[
     "drift",
     "abs_drift",
     "nll",
+    "vespo",
+    "gmpo",
     "dro",
 ]
 

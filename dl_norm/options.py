@@ -14,7 +14,7 @@ from .checks import check_choice, check_flag, check_number
 from .metrics import NUM_METRIC_SUMS
 from .surrogates import KINDS, Cispo, Clip, Sapo, Surrogate, load
 
-RATIO_LEVELS = ("token", "sequence", "sequence_token")
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 # The surrogates whose options are keywords of policy_loss, and what those are unless given.
 FIELDS = {
     kind.kind: {field.name: field.default for field in dataclasses.fields(kind)}
@@ -32,6 +32,7 @@ class TokenLoss(NamedTuple):
     log_ratio_clamp: float = math.inf  # inf: none
     beta: float = 0.0
     bias_corrected_kl: bool = False
+    token_clip: tuple[float, ...] = ()  # see Surrogate.token_clip
 
     @property
     def num_sums(self) -> int:
@@ -43,7 +44,7 @@ class TokenLoss(NamedTuple):
         return KINDS[self.surrogate]
 
 
-GENERAL = TokenLoss._fields[2:]  # the options that are of no surrogate
+GENERAL = TokenLoss._fields[2:-1]  # the options that are of no surrogate
 
 
 def make_token_loss(
@@ -64,7 +65,14 @@ def make_token_loss(
             f"surrogate={surrogate!r} has a meaning with ratio_level={levels} alone, got "
             f"{ratio_level!r}"
         )
-    chosen = chosen.resolved()
+    token_clip, chosen = chosen.token_clip, chosen.resolved()
+    if ratio_level == "sequence_sum" and (bias_corrected_kl or not chosen.ratio_is_constant):
+        what = "bias_corrected_kl" if bias_corrected_kl else f"surrogate={surrogate!r}"
+        raise ValueError(
+            f"{what} has a derivative through the ratio, of which ratio_level='sequence_sum' has "
+            "none: take surrogate='vespo' or 'policy_gradient(...)' without bias_corrected_kl, or "
+            "another level"
+        )
     if log_ratio_clamp is not None:
         rule = "log_ratio_clamp > 0 (or None)"
         log_ratio_clamp = check_number(log_ratio_clamp, "log_ratio_clamp", rule, lambda v: v > 0)
@@ -77,6 +85,7 @@ def make_token_loss(
         math.inf if log_ratio_clamp is None else log_ratio_clamp,
         beta,
         bias_corrected_kl,
+        tuple(_as_float(value) for value in token_clip),
     )
 
 

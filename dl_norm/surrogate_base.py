@@ -53,6 +53,9 @@ class Surrogate:
     ratio_is_constant: bool = False
     # What it has a meaning with; empty: every ratio_level.
     ratio_levels: tuple[str, ...] = ()
+    # Bounds of each token's log-ratio before they become the mean of a sequence: the least where
+    # A < 0, the largest where A >= 0.
+    token_clip: tuple[float, ...] = ()
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -142,6 +145,8 @@ class Sum(Surrogate):
             )
         self.uses_log_prob = any(part.uses_log_prob for part in self._resolved)
         self.scales_with_advantage = all(part.scales_with_advantage for part in self._resolved)
+        if any(part.token_clip for part in self.parts):
+            raise ValueError(f"{self}: what clips the mean of a sequence is no part of a sum")
         self.ratio_is_constant = all(part.ratio_is_constant for part in self._resolved)
         for part in self.parts:
             if part.ratio_levels and self.ratio_levels not in ((), part.ratio_levels):

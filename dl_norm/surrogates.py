@@ -27,6 +27,8 @@ written as positive_low, positive_high where A >= 0, and negative_low, negative_
 | ``drift`` | tau \rho^2 / 2 | to be added to another: prime-rl's default is ``dppo_tv + drift(tau=0.002)``, its kl_tau half our tau |
 | ``abs_drift`` | weight \|\rho\| | to be added to another; verl's and SkyRL's ``kl_cov`` at the tokens of :func:`dl_norm.kl_cov_tokens`, arXiv:2505.22617 |
 | ``dro`` | -A log \pi + tau \rho^2 / 2, that is ``policy_gradient + drift`` | verl's ``dro``, Tinker's, ROLL's ``kimi15``; arXiv:2405.19107, 2501.12599 |
+| ``vespo`` | -sg(e^lambda W^k e^(-lambda W)) A log \pi, W the product of the sequence's ratios, k and lambda by the sign of A | with ``ratio_level="sequence_sum"``; TRL, arXiv:2602.10693 |
+| ``gmpo`` | -A exp(mean of \rho, clipped at eps_high where A >= 0 and at -eps_low where A < 0) | with ``ratio_level="sequence"``; TRL, verl's ``geo_mean``, arXiv:2507.20673 |
 | ``nll`` | -weight log \pi where A > 0 | to be added to another, for VAPO, arXiv:2504.05118 |
 
 Each has a device function of its name in kernels/surrogates.py. A class of your own derives from
@@ -491,6 +493,102 @@ class Nll(Surrogate, kind="nll"):
         return nll
 
 
+@dataclass(frozen=True)
+class Vespo(Surrogate, kind="vespo"):
+    """l = -sg(phi(W)) A log_prob with phi(W) = e^lambda W^k e^(-lambda W), W the product of the
+    ratios of the sequence's tokens: ``ratio_level="sequence_sum"``.
+
+    phi(1) = 1; W counts as 1e-8 where it is less. TRL's W also has the ratios of the old policy to
+    the one that sampled, as far as it lets them: subtract their logs from ``old_log_probs``.
+    """
+
+    uses_log_prob = False
+    scales_with_advantage = True
+    ratio_is_constant = True
+    ratio_levels = ("sequence_sum",)
+
+    k_pos: float = 2.0  # where A >= 0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __post_init__(self):
+        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
+            check_number(getattr(self, name), name, f"{name} > 0", lambda v: v > 0)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return -Vespo.gamma(ratio, advantage, *self.settings()).detach() * advantage * log_prob
+
+    @staticmethod
+    def gamma(
+        ratio: Tensor,
+        advantage: Tensor,
+        k_pos: float,
+        lambda_pos: float,
+        k_neg: float,
+        lambda_neg: float,
+    ) -> Tensor:
+        k, scale = _by_sign(advantage, k_pos, k_neg), _by_sign(advantage, lambda_pos, lambda_neg)
+        ratio = ratio.clamp(min=1e-8)
+        # One exponent: the factors would overflow. Where the product is infinite phi is 0.
+        return (k * ratio.log() - scale * (ratio - 1)).exp().masked_fill(ratio == math.inf, 0.0)
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        past_ratio = -advantage * Vespo.gamma(ratio, advantage, *settings)
+        never = torch.zeros_like(log_prob, dtype=torch.bool)
+        return past_ratio * log_prob, 0.0, past_ratio, never, never
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import vespo
+
+        return vespo
+
+
+@dataclass(frozen=True)
+class Gmpo(Surrogate, kind="gmpo"):
+    """l = -A r, r the geometric mean of the ratios of the sequence's tokens, each clipped before.
+
+    Log-ratios are clipped, at eps_high from above where A >= 0 and at -eps_low from below where
+    A < 0. ``ratio_level="sequence"``, or "sequence_token".
+    """
+
+    uses_log_prob = False
+    scales_with_advantage = True
+    ratio_levels = ("sequence", "sequence_token")
+
+    eps_low: float = 0.4
+    eps_high: float = 0.4
+
+    def __post_init__(self):
+        for name in ("eps_low", "eps_high"):
+            check_number(getattr(self, name), name, f"{name} >= 0", lambda v: v >= 0)
+
+    @property
+    def token_clip(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return -self.eps_low, self.eps_high
+
+    def settings(self) -> tuple[float, ...]:
+        return math.inf, 0.0, math.inf  # of the clip, which leaves the mean alone
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return -advantage * ratio
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        return Clip.closed_form(log_prob, ratio, advantage, *settings)
+
+    device = Clip.device
+
+
+def clipped_tokens(
+    log_ratio: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Where ``token_clip`` clips from below and from above."""
+    return (log_ratio < low) & (advantage < 0), (log_ratio > high) & (advantage >= 0)
+
+
 def dro(tau: float = 0.1) -> Surrogate:
     """l = -A log_prob + tau / 2 (log r)^2."""
     return PolicyGradient() + Drift(tau)
@@ -499,7 +597,20 @@ def dro(tau: float = 0.1) -> Surrogate:
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
     **{
         kind.kind: kind
-        for kind in (Clip, Cispo, Sapo, PolicyGradient, DppoTV, DppoKL, Ipo, Drift, AbsDrift, Nll)
+        for kind in (
+            Clip,
+            Cispo,
+            Sapo,
+            PolicyGradient,
+            DppoTV,
+            DppoKL,
+            Ipo,
+            Drift,
+            AbsDrift,
+            Nll,
+            Vespo,
+            Gmpo,
+        )
     },
     "dro": dro,
 }

@@ -145,6 +145,27 @@ def nll(log_prob, ratio, advantage, weight):
 
 
 @triton.jit
+def vespo(log_prob, ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg):
+    """-phi(r) A log_prob, where phi(r) = e^lambda r^k e^(-lambda r) is a constant."""
+    negative = advantage < 0
+    k = tl.where(negative, k_neg, k_pos)
+    scale = tl.where(negative, lambda_neg, lambda_pos)
+    least = tl.where(ratio < 1e-8, 1e-8, ratio)
+    # One exponent: the factors would overflow. Where the product is infinite phi is 0.
+    phi = tl.exp(k * tl.log(least) - scale * (least - 1.0))
+    past_ratio = -advantage * tl.where(least == float("inf"), 0.0, phi)
+    loss = past_ratio * log_prob
+    never = ratio < 0.0
+    return loss, tl.zeros_like(loss), past_ratio, never, never
+
+
+@triton.jit
+def clipped_tokens(log_ratio, advantage, bounds):
+    """Where a token's log-ratio counts in its sequence's mean as its lower or its upper bound."""
+    return (log_ratio < bounds[0]) & (advantage < 0), (log_ratio > bounds[1]) & (advantage >= 0)
+
+
+@triton.jit
 def clamped_ratio(raw, log_ratio_clamp):
     """exp of the log-ratio clamped to +-log_ratio_clamp; NaN passes through.
 

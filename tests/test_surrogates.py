@@ -26,9 +26,11 @@ from dl_norm.surrogates import (
     DppoKL,
     DppoTV,
     Drift,
+    Gmpo,
     Ipo,
     Nll,
     PolicyGradient,
+    Vespo,
     load,
 )
 
@@ -113,14 +115,17 @@ OWN = {
     # A class and two formulas, with further quantities
     "three": Cubed(0.7) + SOFT_CLIP + dl_norm.surrogate(truncated, bound=1.1),
 }
+OF_SEQUENCES = {"vespo": Vespo(), "gmpo": Gmpo(0.1, 0.15)}
 LAYOUTS = ("padded", "packed")
 LEVELS = ("token", "sequence", "sequence_token")
 ARRANGED = [
     *itertools.product(CASES, LEVELS, LAYOUTS),
     *itertools.product(OWN, LEVELS[:1], LAYOUTS[:1]),
     *itertools.product(("topr", "clip + nll", "three"), LEVELS[1:2], LAYOUTS[1:]),
+    *itertools.product(("vespo", "topr"), ("sequence_sum",), LAYOUTS),
+    *itertools.product(("gmpo",), LEVELS[1:], LAYOUTS),
 ]
-CASES |= OWN
+CASES |= OWN | OF_SEQUENCES
 
 
 def case(layout, seed=0):
@@ -318,6 +323,14 @@ def test_what_makes_no_sense_together():
     for given, error, message in (
         ({"surrogate": "dppo_tv + nll", "ratio_level": "sequence"}, ValueError,
          "has a meaning with ratio_level='token' alone, got 'sequence'"),
+        ({"surrogate": "vespo"}, ValueError, "ratio_level='sequence_sum' alone, got 'token'"),
+        ({"surrogate": "gmpo"}, ValueError, "'sequence' or 'sequence_token' alone, got 'token'"),
+        ({"surrogate": "gmpo", "eps_low": 0.3, "ratio_level": "sequence"}, ValueError,
+         "eps_low=0.3 has no effect"),
+        ({"ratio_level": "sequence_sum"}, ValueError, "has a derivative through the ratio"),
+        ({"ratio_level": "sequence_sum", "surrogate": CASES["drift"]}, ValueError, "derivative"),
+        ({"ratio_level": "sequence_sum", "surrogate": "cispo", "bias_corrected_kl": True},
+         ValueError, "bias_corrected_kl has a derivative"),
         ({"surrogate": Ipo(), "delta": 2.0}, ValueError, "delta=2.0 has no effect"),
     ):  # fmt: skip
         for function in (dl_norm.policy_loss, dl_norm.reference.policy_loss):
@@ -325,6 +338,9 @@ def test_what_makes_no_sense_together():
                 function(**tensors, **given)
     with pytest.raises(TypeError, match="bring their options along"):
         dl_norm.DeltaLLoss(max_length=8, surrogate="dppo_tv", delta_low=0.1)
+    for text in ("gmpo + drift", "vespo + dppo_tv"):
+        with pytest.raises(ValueError, match=r"is no part of a sum|ratios of different levels"):
+            load(text)
     with pytest.raises(ValueError, match="must have names of their own"):
         SOFT_CLIP + SOFT_CLIP
     with pytest.raises(TypeError):

@@ -74,7 +74,7 @@ def policy_loss_fwd(
     policy_weights = _of_sequences(batch.policy_weights, of_tokens.policy_weights, sequences)
     cu_seqlens = contiguous(batch.cu_seqlens, sequences + 1)
     length = tokens if cu_seqlens is not None else log_probs.shape[1]
-    surrogate = terms.kind.device(), terms.settings
+    surrogate = terms.kind.device(), terms.settings, terms.token_clip or None
     settings = surrogate, terms.log_ratio_clamp, terms.beta
     config = tile_config(log_probs.element_size(), target().warp_size)
     programs = -(-tokens // config.block)
@@ -85,6 +85,7 @@ def policy_loss_fwd(
             policy_loss_sequence_kernel[(sequences,)](
                 of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
                 tokens, length, *settings,
+                MEAN=terms.ratio_level != "sequence_sum",
                 BIAS_CORRECTED_KL=_corrected(batch, terms) and terms.beta > 0,
                 BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
