@@ -14,20 +14,9 @@ from .surrogates import Surrogate
 Impl = Literal["triton", "torch"]
 RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 SurrogateName = Literal[
-    "clip",
-    "cispo",
-    "sapo",
-    "policy_gradient",
-    "dppo_tv",
-    "dppo_kl",
-    "ipo",
-    "drift",
-    "abs_drift",
-    "nll",
-    "vespo",
-    "gmpo",
-    "dro",
-]
+    "clip", "cispo", "sapo", "policy_gradient", "importance_sampling", "dppo_tv", "dppo_kl", "ipo",
+    "vespo", "gmpo", "drift", "abs_drift", "nll", "dro",
+]  # fmt: skip
 
 
 class TokenLossOptions(TypedDict, total=False):

@@ -12,7 +12,7 @@ written as positive_low, positive_high where A >= 0, and negative_low, negative_
 | name | loss of a token | who has it |
 |---|---|---|
 | ``clip`` | -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A), at most -dual_clip A where A < 0 | everyone; arXiv:1707.06347, 2503.14476, 1912.09729 |
-| ``clip(eps_low=1, eps_high=inf)`` | -A r | SkyRL's and Tinker's ``importance_sampling`` |
+| ``importance_sampling`` | -A r | SkyRL's and Tinker's ``importance_sampling`` |
 | ``policy_gradient`` | -A log \pi | verl's ``gpg`` (arXiv:2504.02546), ROLL's ``vanilla``, REINFORCE |
 | ``policy_gradient(...)`` | -sg(clip(r, low, high)) A log \pi | the rows below |
 | ``policy_gradient(0, inf, 0, inf)`` | -sg(r) A log \pi | has the gradient of -A r |
@@ -66,13 +66,7 @@ def _by_sign(advantage: Tensor, positive: float, negative: float) -> Tensor:
 
 def _check_clip_range(eps_low: float, eps_high: float) -> None:
     check_number(eps_low, "eps_low", "0 <= eps_low <= 1", lambda v: 0 <= v <= 1)
-    _check_bound(eps_high, "eps_high", "eps_high >= 0", lambda v: v >= 0)
-
-
-def _check_bound(value: Any, name: str, rule: str, holds: Callable[[float], bool]) -> None:
-    """As check_number, and infinity is no bound."""
-    if not (isinstance(value, float) and value == math.inf):
-        check_number(value, name, rule, holds)
+    check_number(eps_high, "eps_high", "eps_high >= 0", lambda v: v >= 0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +141,30 @@ class Clip(Surrogate, kind="clip"):
         return clip
 
 
+class _Unclipped(Surrogate):
+    """l = -A r."""
+
+    uses_log_prob = False
+    scales_with_advantage = True
+
+    def settings(self) -> tuple[float, ...]:
+        return math.inf, 0.0, math.inf  # of a clip that has no bound
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return -advantage * ratio
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        return Clip.closed_form(log_prob, ratio, advantage, *settings)
+
+    device = staticmethod(Clip.device)
+
+
+@dataclass(frozen=True)
+class ImportanceSampling(_Unclipped, kind="importance_sampling"):
+    """l = -A r, without bounds but that of the log-ratio clamp."""
+
+
 class _ConstantRatio(Surrogate):
     """l = -sg(clip(r, low, high)) A log_prob, where sg has no gradient; a clip for each sign of A.
 
@@ -202,16 +220,16 @@ class PolicyGradient(_ConstantRatio, kind="policy_gradient"):
         for sign in ("positive", "negative"):
             low, high = (getattr(self, f"{sign}_{end}") for end in ("low", "high"))
             check_number(low, f"{sign}_low", f"{sign}_low >= 0", lambda v: v >= 0)
-            rule = f"{sign}_high >= {sign}_low"
-            _check_bound(high, f"{sign}_high", rule, lambda v, low=low: v >= low)
+            if not (isinstance(high, float) and high == math.inf):
+                rule = f"{sign}_high >= {sign}_low"
+                check_number(high, f"{sign}_high", rule, lambda v, low=low: v >= low)
 
 
 @dataclass(frozen=True)
 class Cispo(_ConstantRatio, kind="cispo"):
     """l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log_prob, where sg has no gradient.
 
-    One clip for either sign of A. 1 - eps_low = 0 leaves no lower bound; eps_high may be negative,
-    or ``math.inf`` for no upper bound.
+    One clip for either sign of A. 1 - eps_low = 0 leaves no lower bound; eps_high may be negative.
     """
 
     eps_low: float = 0.2
@@ -221,7 +239,7 @@ class Cispo(_ConstantRatio, kind="cispo"):
         check_number(self.eps_low, "eps_low", "0 <= eps_low <= 1", lambda v: 0 <= v <= 1)
         # TRL's epsilon_high is the bound itself, 1 + eps_high here, and may be below 1.
         rule = "eps_high >= -eps_low and eps_high > -1"
-        _check_bound(self.eps_high, "eps_high", rule, lambda v: v >= -self.eps_low and v > -1)
+        check_number(self.eps_high, "eps_high", rule, lambda v: v >= -self.eps_low and v > -1)
 
     def settings(self) -> tuple[float, ...]:
         return 2 * (1 - self.eps_low, 1 + self.eps_high)
@@ -547,15 +565,13 @@ class Vespo(Surrogate, kind="vespo"):
 
 
 @dataclass(frozen=True)
-class Gmpo(Surrogate, kind="gmpo"):
+class Gmpo(_Unclipped, kind="gmpo"):
     """l = -A r, r the geometric mean of the ratios of the sequence's tokens, each clipped before.
 
     Log-ratios are clipped, at eps_high from above where A >= 0 and at -eps_low from below where
     A < 0. ``ratio_level="sequence"``, or "sequence_token".
     """
 
-    uses_log_prob = False
-    scales_with_advantage = True
     ratio_levels = ("sequence", "sequence_token")
 
     eps_low: float = 0.4
@@ -568,18 +584,6 @@ class Gmpo(Surrogate, kind="gmpo"):
     @property
     def token_clip(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return -self.eps_low, self.eps_high
-
-    def settings(self) -> tuple[float, ...]:
-        return math.inf, 0.0, math.inf  # of the clip, which leaves the mean alone
-
-    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
-        return -advantage * ratio
-
-    @classmethod
-    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
-        return Clip.closed_form(log_prob, ratio, advantage, *settings)
-
-    device = Clip.device
 
 
 def clipped_tokens(
@@ -594,24 +598,12 @@ def dro(tau: float = 0.1) -> Surrogate:
     return PolicyGradient() + Drift(tau)
 
 
+_KINDS = (
+    Clip, Cispo, Sapo, PolicyGradient, ImportanceSampling, DppoTV, DppoKL, Ipo, Vespo, Gmpo, Drift,
+    AbsDrift, Nll,
+)  # fmt: skip
 SURROGATES: dict[str, Callable[..., Surrogate]] = {
-    **{
-        kind.kind: kind
-        for kind in (
-            Clip,
-            Cispo,
-            Sapo,
-            PolicyGradient,
-            DppoTV,
-            DppoKL,
-            Ipo,
-            Drift,
-            AbsDrift,
-            Nll,
-            Vespo,
-            Gmpo,
-        )
-    },
+    **{kind.kind: kind for kind in _KINDS},
     "dro": dro,
 }
 # At their defaults, made here, so that nothing is made while a call is traced.

@@ -142,7 +142,7 @@ def test_kl_cov(trainer, impl):
 
     def ours(leaf):
         given = {"log_probs": leaf.float(), "old_log_probs": old.float(), **more}
-        loss = dl_norm.policy_loss(**given, surrogate="clip(eps_low=1, eps_high=inf)")
+        loss = dl_norm.policy_loss(**given, surrogate="importance_sampling")
         penalty = f"abs_drift({weight})"
         return loss + dl_norm.policy_loss(**given, surrogate=penalty, entropy_mask=tokens)
 

@@ -13,6 +13,7 @@ import math
 import pickle
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 import dl_norm
+from dl_norm.options import RATIO_LEVELS
 from dl_norm.surrogates import (
     SURROGATES,
     Clip,
@@ -27,6 +29,7 @@ from dl_norm.surrogates import (
     DppoTV,
     Drift,
     Gmpo,
+    ImportanceSampling,
     Ipo,
     Nll,
     PolicyGradient,
@@ -106,7 +109,7 @@ CASES = {
 # The package's, and sums
 OWN = {
     "topr": PolicyGradient(negative_low=0),
-    "unclipped": Clip(eps_low=1.0, eps_high=math.inf),
+    "unclipped": ImportanceSampling(),
     "dppo_tv": DppoTV(0.05, 0.08),
     "dppo_tv, cap": DppoTV(0.05, 0.08, ratio_cap=1.1),
     "dppo_kl": DppoKL(0.02, 0.01),
@@ -417,3 +420,8 @@ def test_named_constant_ratio_losses(impl):
         (true,) = torch.autograd.grad(loss[tensors["mask"]].sum(), leaf)
         _, grad, _ = gradient(dl_norm.policy_loss, tensors, impl=impl, surrogate="cispo", **bounds)
         assert_near(grad, true)
+
+
+def test_every_name_is_a_keyword_for_type_checkers():
+    assert set(typing.get_args(dl_norm.keywords.SurrogateName)) == set(SURROGATES)
+    assert set(typing.get_args(dl_norm.keywords.RatioLevel)) == set(RATIO_LEVELS)

@@ -9,7 +9,6 @@ trainers add 1e-8 to denominators; 3e-6 for float32.
 from __future__ import annotations
 
 import ast
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from dl_norm.surrogates import (
     DppoKL,
     DppoTV,
     Drift,
+    ImportanceSampling,
     Ipo,
     Nll,
     PolicyGradient,
@@ -114,7 +114,7 @@ THEIRS: dict[str, tuple[Callable[[], Callable[..., Tensor]], Surrogate | str]] =
         DppoKL(0.01, 0.02),
     ),
     "SkyRL importance sampling": (
-        lambda: skyrl("importance_sampling_loss"), Clip(eps_low=1.0, eps_high=math.inf),
+        lambda: skyrl("importance_sampling_loss"), ImportanceSampling(),
     ),
     "prime-rl default": (
         lambda: prime_rl("default_loss_fn", dppo_mask_low=0.05, dppo_mask_high=0.03, **KL),
@@ -170,7 +170,7 @@ def test_the_trainers_loss(name: str, impl: str) -> None:
     got = agree(impl, ours, theirs, log_probs)
     if any(what in name for what in ("dppo", "default", "ipo")):
         # Some tokens are dropped, and not all, for either sign of A.
-        everything = Clip(eps_low=1.0, eps_high=math.inf)
+        everything = ImportanceSampling()
         if "drift" in str(surrogate).lower():
             everything += Drift(0.1)
         whole = policy_loss(impl, log_probs, old, advantages, mask, ones, surrogate=everything)

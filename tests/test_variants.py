@@ -431,7 +431,7 @@ NO_EFFECT = [
     ({"surrogate": "sapo", "delta": 2.0}, "delta=2.0 has no effect"),
     ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 has no effect with surrogate='clip'"),
     ({"surrogate": "sapo", "sapo_temperature_neg": 0.0}, "expected sapo_temperature_neg > 0"),
-    ({"surrogate": "SAPO"}, "there is no surrogate 'SAPO': take one of clip, cispo, sapo, or"),
+    ({"surrogate": "SAPO"}, "there is no surrogate 'SAPO': take one of clip, cispo, sapo, policy"),
     ({"ratio_level": "row"}, "ratio_level must be one of 'token', 'sequence', 'sequence_token'"),
     ({"surrogate": "cispo", "eps_low": 0.1, "eps_high": -0.2}, "expected eps_high >= -eps_low"),
     ({"surrogate": "cispo", "eps_low": 1.0, "eps_high": -1.0}, "eps_high > -1"),

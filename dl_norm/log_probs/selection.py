@@ -90,7 +90,7 @@ def kl_cov_tokens(
     The loss of KL-Cov is -A r, and weight \|log r\| at these tokens, a second call:
 
         tokens = kl_cov_tokens(log_probs.detach(), advantages, mask, group=group)
-        loss = policy_loss(log_probs, *rest, surrogate="clip(eps_low=1, eps_high=inf)")
+        loss = policy_loss(log_probs, *rest, surrogate="importance_sampling")
         loss += policy_loss(log_probs, *rest, surrogate="abs_drift(0.1)", entropy_mask=tokens)
 
     Args:
