@@ -1,11 +1,11 @@
-r"""The token losses: one class each, whose fields are its options, and no others.
+"""The token losses: one class each, whose fields are its options, and no others.
 
 ``surrogate=`` of :func:`dl_norm.policy_loss` and of the trainers' settings takes the name of one,
 at its defaults; the same with options, as Python would call it, ``"dppo_tv(delta_high=0.15)"``; a
 sum, ``"dppo_tv + drift(tau=0.002)"``; or an instance, ``DppoTV(delta_high=0.15) + Drift(0.002)``
 (in code under ``torch.compile`` a name or an instance made before).
 
-A is the advantage, r the ratio, \rho its log, \pi and \pi_old the token's probability under the
+A is the advantage, r the ratio, π and π_old the token's probability under the
 policy and the old policy, sg(x) x without a gradient. A bound that two signs of A do not share is
 written as positive_low, positive_high where A >= 0, and negative_low, negative_high where A < 0.
 
@@ -13,23 +13,23 @@ written as positive_low, positive_high where A >= 0, and negative_low, negative_
 |---|---|---|
 | ``clip`` | -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A), at most -dual_clip A where A < 0 | everyone; arXiv:1707.06347, 2503.14476, 1912.09729 |
 | ``importance_sampling`` | -A r | SkyRL's and Tinker's ``importance_sampling`` |
-| ``policy_gradient`` | -A log \pi | verl's ``gpg`` (arXiv:2504.02546), ROLL's ``vanilla``, REINFORCE |
-| ``policy_gradient(...)`` | -sg(clip(r, low, high)) A log \pi | the rows below |
-| ``policy_gradient(0, inf, 0, inf)`` | -sg(r) A log \pi | has the gradient of -A r |
-| ``policy_gradient(0, 1, 0, 1)`` | -sg(min(r, 1)) A log \pi | ROLL's ``tis`` |
-| ``policy_gradient(negative_low=0)`` | -A log \pi where A >= 0, -sg(min(r, 1)) A log \pi elsewhere | TOPR, arXiv:2503.14286, by token as in ROLL's ``topr`` |
-| ``policy_gradient(0.1, 10, 0.1, 10)`` | -sg(clip(r, 0.1, 10)) A log \pi | torchforge |
-| ``cispo`` | -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log \pi | TRL, verl, SkyRL, ...; arXiv:2506.13585 |
+| ``policy_gradient`` | -A log π | verl's ``gpg`` (arXiv:2504.02546), ROLL's ``vanilla``, REINFORCE |
+| ``policy_gradient(...)`` | -sg(clip(r, low, high)) A log π | the rows below |
+| ``policy_gradient(0, inf, 0, inf)`` | -sg(r) A log π | has the gradient of -A r |
+| ``policy_gradient(0, 1, 0, 1)`` | -sg(min(r, 1)) A log π | ROLL's ``tis`` |
+| ``policy_gradient(negative_low=0)`` | -A log π where A >= 0, -sg(min(r, 1)) A log π elsewhere | TOPR, arXiv:2503.14286, by token as in ROLL's ``topr`` |
+| ``policy_gradient(0.1, 10, 0.1, 10)`` | -sg(clip(r, 0.1, 10)) A log π | torchforge |
+| ``cispo`` | -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π | TRL, verl, SkyRL, ...; arXiv:2506.13585 |
 | ``sapo`` | -(4 / tau) sigmoid(tau (r - 1)) A | TRL, verl, ...; arXiv:2511.20347 |
-| ``dppo_tv`` | -A r where \pi - \pi_old <= delta_high (A >= 0) or >= -delta_low (A < 0), else 0 | prime-rl, SkyRL; verl with ratio_cap=20; arXiv:2602.04879 |
-| ``dppo_kl`` | likewise, with KL(\pi_old \|\| \pi) of the token against all others for the size of the change | SkyRL; verl with ratio_cap=20 |
-| ``ipo`` | -A r where \|\pi - \pi_old\| <= delta, else 0 | prime-rl's ``ipo`` |
-| ``drift`` | tau \rho^2 / 2 | to be added to another: prime-rl's default is ``dppo_tv + drift(tau=0.002)``, its kl_tau half our tau |
-| ``abs_drift`` | weight \|\rho\| | to be added to another; verl's and SkyRL's ``kl_cov`` at the tokens of :func:`dl_norm.kl_cov_tokens`, arXiv:2505.22617 |
-| ``dro`` | -A log \pi + tau \rho^2 / 2, that is ``policy_gradient + drift`` | verl's ``dro``, Tinker's, ROLL's ``kimi15``; arXiv:2405.19107, 2501.12599 |
-| ``vespo`` | -sg(e^lambda W^k e^(-lambda W)) A log \pi, W the product of the sequence's ratios, k and lambda by the sign of A | with ``ratio_level="sequence_sum"``; TRL, arXiv:2602.10693 |
-| ``gmpo`` | -A exp(mean of \rho, clipped at eps_high where A >= 0 and at -eps_low where A < 0) | with ``ratio_level="sequence"``; TRL, verl's ``geo_mean``, arXiv:2507.20673 |
-| ``nll`` | -weight log \pi where A > 0 | to be added to another, for VAPO, arXiv:2504.05118 |
+| ``dppo_tv`` | -A r where π - π_old <= delta_high (A >= 0) or >= -delta_low (A < 0), else 0 | prime-rl, SkyRL; verl with ratio_cap=20; arXiv:2602.04879 |
+| ``dppo_kl`` | likewise, with KL(π_old, π) of the token against all others for the size of the change | SkyRL; verl with ratio_cap=20 |
+| ``ipo`` | -A r where π - π_old is within ±delta, else 0 | prime-rl's ``ipo`` |
+| ``drift`` | tau (log r)^2 / 2 | to be added to another: prime-rl's default is ``dppo_tv + drift(tau=0.002)``, its kl_tau half our tau |
+| ``abs_drift`` | weight abs(log r) | to be added to another; verl's and SkyRL's ``kl_cov`` at the tokens of :func:`dl_norm.kl_cov_tokens`, arXiv:2505.22617 |
+| ``dro`` | -A log π + tau (log r)^2 / 2, that is ``policy_gradient + drift`` | verl's ``dro``, Tinker's, ROLL's ``kimi15``; arXiv:2405.19107, 2501.12599 |
+| ``vespo`` | -sg(e^lambda W^k e^(-lambda W)) A log π, W the product of the sequence's ratios, k and lambda by the sign of A | with ``ratio_level="sequence_sum"``; TRL, arXiv:2602.10693 |
+| ``gmpo`` | -A exp(mean of log r, clipped at eps_high where A >= 0 and at -eps_low where A < 0) | with ``ratio_level="sequence"``; TRL, verl's ``geo_mean``, arXiv:2507.20673 |
+| ``nll`` | -weight log π where A > 0 | to be added to another, for VAPO, arXiv:2504.05118 |
 
 Each has a device function of its name in kernels/surrogates.py. A class of your own derives from
 :class:`Surrogate` and needs no change here.
@@ -442,7 +442,7 @@ class Drift(Surrogate, kind="drift"):
 
 @dataclass(frozen=True)
 class AbsDrift(Surrogate, kind="abs_drift"):
-    r"""l = weight \|log r\|, to be added to another loss; KL-Cov has it at some tokens (see
+    """l = weight abs(log r), to be added to another loss; KL-Cov has it at some tokens (see
     :func:`dl_norm.kl_cov_tokens`). Without gradient where r is 1, and past the log-ratio clamp."""
 
     uses_log_prob = False

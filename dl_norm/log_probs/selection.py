@@ -87,7 +87,7 @@ def kl_cov_tokens(
 ) -> Tensor:
     r"""The tokens of the largest covariance c (see :func:`clip_cov_mask`), which KL-Cov penalises.
 
-    The loss of KL-Cov is -A r, and weight \|log r\| at these tokens, a second call:
+    The loss of KL-Cov is -A r, and weight abs(log r) at these tokens, a second call:
 
         tokens = kl_cov_tokens(log_probs.detach(), advantages, mask, group=group)
         loss = policy_loss(log_probs, *rest, surrogate="importance_sampling")
