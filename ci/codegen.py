@@ -49,7 +49,7 @@ from dl_norm.kernels.surrogates import KLTerms, TokenTerms
 from dl_norm.kl import K3, KL
 from dl_norm.log_probs import launch
 from dl_norm.options import TokenLoss, make_token_loss
-from dl_norm.surrogates import SURROGATES, Surrogate
+from dl_norm.surrogates import Surrogate
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -82,7 +82,9 @@ class Own(Surrogate, kind="own"):
         return own_loss
 
 
-KINDS = (*SURROGATES, Own.kind)
+KINDS = ("clip", "cispo", "sapo", Own.kind)
+
+SUM = "dppo_kl + abs_drift + nll"
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,13 @@ CASES = (
         for kind in KINDS
     ),
     Case("cispo, no old", surrogate="cispo", old=False),
+    # The others with everything that goes with them; the sum holds three device functions.
+    Case("dppo_tv, everything", surrogate="dppo_tv", **_EVERYTHING),
+    Case("a sum, everything", surrogate=SUM, **_EVERYTHING, corrected=True),
+    Case("bf16 a sum, everything", surrogate=SUM, dtype="bfloat16", **_EVERYTHING),
+    Case("vespo, everything", surrogate="vespo", level="sequence_sum", **_EVERYTHING),
+    Case("gmpo", surrogate="gmpo", level="sequence_token"),
+    Case("gmpo, variants", surrogate="gmpo", **_VARIANTS),
     Case("mean of a sequence", kernel=SEQUENCE, level="sequence_token"),
     Case("mean of a sequence, packed", kernel=SEQUENCE, level="sequence", packed=True, mask=None),
     Case("mean of a sequence, no old", kernel=SEQUENCE, old=False, **_VARIANTS),
@@ -170,6 +179,9 @@ CASES = (
         Case(f"mean of a sequence, {kind}", kernel=SEQUENCE, surrogate=kind, **_VARIANTS)
         for kind in KINDS
     ),
+    Case("mean of a sequence, gmpo", kernel=SEQUENCE, surrogate="gmpo", level="sequence"),
+    Case("mean of a sequence, gmpo, variants", kernel=SEQUENCE, surrogate="gmpo", **_VARIANTS),
+    Case("sum of a sequence", kernel=SEQUENCE, surrogate="vespo", level="sequence_sum"),
     Case("sum of the loss", kernel=REDUCE),
     Case("sum of loss and metrics", kernel=REDUCE, metrics=True),
     Case("in place float32", kernel=BWD, out="float32"),
@@ -265,7 +277,7 @@ def token_loss(case: Any, **options: Any) -> TokenLoss:
     if case.surrogate == Own.kind:
         terms = TokenLoss(Own.kind, (0.5,), beta=0.04)
     else:
-        terms = make_token_loss(surrogate=case.surrogate, **options)
+        terms = make_token_loss(surrogate=case.surrogate, ratio_level=case.level, **options)
     return terms._replace(
         beta=options.get("beta", 0.04 if case.ref else 0.0),
         ratio_level=case.level,
@@ -415,7 +427,7 @@ def count_keys(arch: str) -> dict[str, int]:
             for batch, length in SIZES:
                 launch_case(case, batch, length)
             if case.kernel in (FWD, SEQUENCE):
-                for options in OPTIONS[case.surrogate]:
+                for options in OPTIONS.get(case.surrogate, ({}, {"beta": 1.0})):
                     launch_case(case, **options)
         counts[case.name] = len({entry.key for entry in launches if entry.kernel == case.kernel})
     return counts

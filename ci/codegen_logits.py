@@ -57,6 +57,8 @@ CASES = (
     Case("bf16 ref, policy weights", ref=True, policy_weights=True),
     Case("bf16 softcap", softcap=True),
     *(Case(f"bf16 {kind}", surrogate=kind) for kind in codegen.KINDS),
+    Case("bf16 a sum", surrogate=codegen.SUM, ref=True, policy_weights=True, metrics=True),
+    Case("fp32 a sum", **_FP32, surrogate=codegen.SUM, metrics=True),
     Case("bf16 entropy", entropy=True),
     Case("bf16 metrics", metrics=True),
     Case("bf16 everything", **_EVERYTHING),

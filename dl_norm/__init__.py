@@ -21,6 +21,7 @@ if TYPE_CHECKING or not _is_command:
     from .log_probs.loss import delta_l_loss, policy_loss
     from .log_probs.modules import DeltaLLoss
     from .log_probs.off_policy import off_policy_sequence_mask
+    from .log_probs.selection import clip_cov_mask, kl_cov_tokens, second_moment_mask
     from .metrics import PolicyLossMetrics
     from .rows.inputs import PolicyLossOutputs
     from .rows.linear import linear_policy_loss
@@ -44,9 +45,11 @@ __all__ = [
     "PolicyLossOutputs",
     "Surrogate",
     "__version__",
+    "clip_cov_mask",
     "context_parallel_lengths",
     "delta_l_loss",
     "gradient_scale",
+    "kl_cov_tokens",
     "linear_policy_loss",
     "logits_policy_loss",
     "off_policy_sequence_mask",
@@ -54,6 +57,7 @@ __all__ = [
     "reference",
     "reference_length",
     "reweight_advantages",
+    "second_moment_mask",
     "sequence_lengths",
     "sequence_weights",
     "surrogate",

@@ -76,6 +76,7 @@ class FormulaSurrogate(Surrogate):
         self.extra_names = self._program.output_names[len(OUTPUTS) :]
         self.uses_log_prob = self._program.uses_log_prob
         self.scales_with_advantage = self._program.scales_with_advantage
+        self.ratio_is_constant = self._program.ratio_is_constant
         _check_against_autograd(self)
         KINDS.setdefault(self.kind, self)
 

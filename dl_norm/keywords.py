@@ -14,9 +14,12 @@ from .kl import KL
 from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
-RatioLevel = Literal["token", "sequence", "sequence_token"]
+RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 KLName = Literal["k1", "abs", "k2", "k3"]
-SurrogateName = Literal["clip", "cispo", "sapo"]
+SurrogateName = Literal[
+    "clip", "cispo", "sapo", "policy_gradient", "importance_sampling", "dppo_tv", "dppo_kl", "ipo",
+    "vespo", "gmpo", "drift", "abs_drift", "nll", "dro",
+]  # fmt: skip
 
 
 class TokenLossOptions(TypedDict, total=False):

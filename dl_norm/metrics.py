@@ -23,7 +23,9 @@ class PolicyLossMetrics:
     - clipped_low: A < 0 and r below 1 - eps_low. clipped_high: A > 0 and r above the upper
       bound. clipped_dual: A < 0 and r above dual_clip (or delta). All without gradient.
       With surrogate="cispo" every clipped ratio is counted in one of them, and has a gradient:
-      low for either sign of A, high for A > 0, dual for A < 0. With "sapo" all are 0.
+      low for either sign of A, high for A > 0, dual for A < 0. With "sapo" all are 0; with
+      "dppo_tv", "dppo_kl" and "ipo" they are the tokens that are dropped, with "gmpo" those whose
+      log-ratio counts as a bound.
     - ratio, kl_old_k1, kl_old_k3: sums of r, -log r and r - 1 - log r, after the log-ratio clamp.
     - kl_ref: sum of the KL estimate, exp(d) - d - 1 with d = ref_log_probs - log_probs unless
       ``kl`` says otherwise (0 without a reference), times r with bias_corrected_kl.

@@ -13,13 +13,13 @@ import torch
 from .checks import check_choice, check_flag, check_number
 from .kl import K3, KL, kl_of
 from .metrics import NUM_METRIC_SUMS
-from .surrogates import KINDS, SURROGATES, Surrogate, load
+from .surrogates import KINDS, Cispo, Clip, Sapo, Surrogate, load
 
-RATIO_LEVELS = ("token", "sequence", "sequence_token")
-# The options of each surrogate, and what they are unless given.
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
+# The surrogates whose options are keywords of policy_loss, and what those are unless given.
 FIELDS = {
-    name: {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore
-    for name, kind in SURROGATES.items()
+    kind.kind: {field.name: field.default for field in dataclasses.fields(kind)}
+    for kind in (Clip, Cispo, Sapo)
 }
 DEFAULTS = {name: default for fields in FIELDS.values() for name, default in fields.items()}
 
@@ -34,6 +34,7 @@ class TokenLoss(NamedTuple):
     beta: float = 0.0
     kl: KL = K3
     bias_corrected_kl: bool = False
+    token_clip: tuple[float, ...] = ()  # see Surrogate.token_clip
 
 
 def kind_of(terms: TokenLoss) -> type[Surrogate] | Surrogate:
@@ -46,7 +47,7 @@ def num_sums(terms: TokenLoss) -> int:
     return NUM_METRIC_SUMS + len(kind_of(terms).extra_names)
 
 
-GENERAL = TokenLoss._fields[2:]  # the options that are of no surrogate
+GENERAL = TokenLoss._fields[2:-1]  # the options that are of no surrogate
 
 
 def make_token_loss(
@@ -60,8 +61,22 @@ def make_token_loss(
     **fields,
 ) -> TokenLoss:
     """Checks the options of :func:`dl_norm.policy_loss`. ``fields``: those of the surrogate."""
-    chosen = make_surrogate(surrogate, fields).resolved()
+    chosen = make_surrogate(surrogate, fields)
     check_choice(ratio_level, "ratio_level", RATIO_LEVELS)
+    if chosen.ratio_levels and ratio_level not in chosen.ratio_levels:
+        levels = " or ".join(repr(level) for level in chosen.ratio_levels)
+        raise ValueError(
+            f"surrogate={surrogate!r} has a meaning with ratio_level={levels} alone, got "
+            f"{ratio_level!r}"
+        )
+    token_clip, chosen = chosen.token_clip, chosen.resolved()
+    if ratio_level == "sequence_sum" and (bias_corrected_kl or not chosen.ratio_is_constant):
+        what = "bias_corrected_kl" if bias_corrected_kl else f"surrogate={surrogate!r}"
+        raise ValueError(
+            f"{what} has a derivative through the ratio, of which ratio_level='sequence_sum' has "
+            "none: take surrogate='vespo' or 'policy_gradient(...)' without bias_corrected_kl, or "
+            "another level"
+        )
     if log_ratio_clamp is not None:
         rule = "log_ratio_clamp > 0 (or None)"
         log_ratio_clamp = check_number(log_ratio_clamp, "log_ratio_clamp", rule, lambda v: v > 0)
@@ -81,6 +96,7 @@ def make_token_loss(
         beta,
         kl,
         bias_corrected_kl,
+        tuple(_as_float(value) for value in token_clip),
     )
 
 
@@ -115,8 +131,9 @@ def make_surrogate(surrogate: str | Surrogate, fields: dict) -> Surrogate:
     for name, value in fields.items():
         if name not in DEFAULTS:
             raise TypeError(
-                f"{name} is no option of a policy loss; the options of its surrogates are "
-                f"{', '.join(DEFAULTS)}"
+                f"{name} is no option of a policy loss; those of its surrogates are "
+                f"{', '.join(DEFAULTS)}. Other surrogates bring their options along: pass an "
+                'instance of dl_norm.surrogates, or a string like "dppo_tv(delta_high=0.15)"'
             )
         if name not in own and value != DEFAULTS[name]:
             raise ValueError(f"{name}={value} has no effect with surrogate={surrogate!r}; omit it")

@@ -53,6 +53,11 @@ class Program:
         return any(entries[at] == ("input", "log_prob") for at in needed(entries, [through_ratio]))
 
     @property
+    def ratio_is_constant(self) -> bool:
+        """Whether no derivative goes through the ratio."""
+        return self._op(self.outputs[1]) == "zeros_like"
+
+    @property
     def scales_with_advantage(self) -> bool:
         """Whether loss and derivatives are seen to be 0 where the advantage is."""
         zero: list[bool] = []

@@ -6,6 +6,7 @@ that the rest can be held against it.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -17,7 +18,7 @@ from .checks import REAL_DTYPES
 from .kl import token_kl
 from .metrics import PolicyLossMetrics
 from .options import TokenLoss, kind_of, surrogate_of
-from .surrogates import clamp
+from .surrogates import clamp, clipped_tokens
 
 
 @overload
@@ -92,11 +93,21 @@ def policy_loss(
         log_ratio = log_prob - log_prob.detach()
     else:
         log_ratio = log_prob - tokens(batch.old_log_probs)
+    clipped = None
+    if terms.token_clip:
+        sign = tokens(per_token(batch.advantages))
+        clipped = clipped_tokens(log_ratio, sign, *terms.token_clip)
+        low, high = terms.token_clip
+        log_ratio = torch.where(
+            sign < 0, clamp(log_ratio, low, math.inf), clamp(log_ratio, -math.inf, high)
+        )
     if terms.ratio_level != "token":
-        mean = per_token(_sequence_means(log_ratio, counted, batch)[:, None])
+        mean = per_token(
+            _sequence_means(log_ratio, counted, batch, terms.ratio_level != "sequence_sum")[:, None]
+        )
         if terms.ratio_level == "sequence_token":
             # The value of the mean, the derivative of the token's own log-prob.
-            mean = mean.detach() + (log_prob - log_prob.detach())
+            mean = mean.detach() + (log_ratio - log_ratio.detach())
         log_ratio = tokens(mean)
     log_ratio = clamp(log_ratio, -terms.log_ratio_clamp, terms.log_ratio_clamp)
     ratio = log_ratio.exp()
@@ -120,7 +131,7 @@ def policy_loss(
     advantage = tokens(per_token(batch.advantages))  # metrics count what the masks drop too
     extras = dict(surrogate.formula(log_prob, ratio, advantage)[1]) if extras else {}
     return total, _metrics(
-        log_prob, log_ratio, ratio, advantage, counted, kl, extras, terms, weights
+        log_prob, log_ratio, ratio, advantage, counted, kl, extras, terms, weights, clipped
     )
 
 
@@ -134,9 +145,10 @@ def _metrics(
     extras: dict[str, Tensor],
     terms: TokenLoss,
     weights: Tensor,
+    clipped: tuple[Tensor, Tensor] | None,
 ) -> PolicyLossMetrics:
     with torch.no_grad():
-        flags = kind_of(terms).counted(log_prob, ratio, advantage, *terms.settings)
+        flags = clipped or kind_of(terms).counted(log_prob, ratio, advantage, *terms.settings)
         low, high = (flag != 0 for flag in flags[:2])
         positive, negative = counted & (advantage > 0), counted & (advantage < 0)
         sums = [
@@ -152,12 +164,13 @@ def _metrics(
         return PolicyLossMetrics.from_sums(torch.stack(totals).float(), weights, tuple(extras))
 
 
-def _sequence_means(values: Tensor, counted: Tensor, batch: Batch) -> Tensor:
-    """(G,) means of token values that are 0 where they do not count; 0 where nothing counts."""
+def _sequence_means(values: Tensor, counted: Tensor, batch: Batch, divide: bool) -> Tensor:
+    """(G,) means of token values that are 0 where they do not count; 0 where nothing counts. Unless
+    ``divide``, sums."""
     if batch.cu_seqlens is None:
-        return values.sum(-1) / counted.sum(-1).clamp(min=1)
+        return values.sum(-1) / counted.sum(-1).clamp(min=1) if divide else values.sum(-1)
     ids = torch.arange(batch.sequences, device=values.device)
     ids = ids.repeat_interleave(batch.cu_seqlens.diff())
     totals = values.new_zeros(batch.sequences).index_add(0, ids, values)
     counts = values.new_zeros(batch.sequences).index_add(0, ids, counted.to(values.dtype))
-    return totals / counts.clamp(min=1)
+    return totals / counts.clamp(min=1) if divide else totals

@@ -1,130 +1,61 @@
 """The token losses: one class each, whose fields are its options, and no others.
 
-Its device function, of the same name, is in kernels/surrogates.py. A class of your own derives
-from :class:`Surrogate` and needs no change here.
+``surrogate=`` of :func:`dl_norm.policy_loss` and of the trainers' settings takes the name of one,
+at its defaults; the same with options, as Python would call it, ``"dppo_tv(delta_high=0.15)"``; a
+sum, ``"dppo_tv + drift(tau=0.002)"``; or an instance, ``DppoTV(delta_high=0.15) + Drift(0.002)``
+(in code under ``torch.compile`` a name or an instance made before).
+
+A is the advantage, r the ratio, π and π_old the token's probability under the
+policy and the old policy, sg(x) x without a gradient. A bound that two signs of A do not share is
+written as positive_low, positive_high where A >= 0, and negative_low, negative_high where A < 0.
+
+| name | loss of a token | who has it |
+|---|---|---|
+| ``clip`` | -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A), at most -dual_clip A where A < 0 | everyone; arXiv:1707.06347, 2503.14476, 1912.09729 |
+| ``importance_sampling`` | -A r | SkyRL's and Tinker's ``importance_sampling`` |
+| ``policy_gradient`` | -A log π | verl's ``gpg`` (arXiv:2504.02546), ROLL's ``vanilla``, REINFORCE |
+| ``policy_gradient(...)`` | -sg(clip(r, low, high)) A log π | the rows below |
+| ``policy_gradient(0, inf, 0, inf)`` | -sg(r) A log π | has the gradient of -A r |
+| ``policy_gradient(0, 1, 0, 1)`` | -sg(min(r, 1)) A log π | ROLL's ``tis`` |
+| ``policy_gradient(negative_low=0)`` | -A log π where A >= 0, -sg(min(r, 1)) A log π elsewhere | TOPR, arXiv:2503.14286, by token as in ROLL's ``topr`` |
+| ``policy_gradient(0.1, 10, 0.1, 10)`` | -sg(clip(r, 0.1, 10)) A log π | torchforge |
+| ``cispo`` | -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log π | TRL, verl, SkyRL, ...; arXiv:2506.13585 |
+| ``sapo`` | -(4 / tau) sigmoid(tau (r - 1)) A | TRL, verl, ...; arXiv:2511.20347 |
+| ``dppo_tv`` | -A r where π - π_old <= delta_high (A >= 0) or >= -delta_low (A < 0), else 0 | prime-rl, SkyRL; verl with ratio_cap=20; arXiv:2602.04879 |
+| ``dppo_kl`` | likewise, with KL(π_old, π) of the token against all others for the size of the change | SkyRL; verl with ratio_cap=20 |
+| ``ipo`` | -A r where π - π_old is within ±delta, else 0 | prime-rl's ``ipo`` |
+| ``drift`` | tau (log r)^2 / 2 | to be added to another: prime-rl's default is ``dppo_tv + drift(tau=0.002)``, its kl_tau half our tau |
+| ``abs_drift`` | weight abs(log r) | to be added to another; verl's and SkyRL's ``kl_cov`` at the tokens of :func:`dl_norm.kl_cov_tokens`, arXiv:2505.22617 |
+| ``dro`` | -A log π + tau (log r)^2 / 2, that is ``policy_gradient + drift`` | verl's ``dro``, Tinker's, ROLL's ``kimi15``; arXiv:2405.19107, 2501.12599 |
+| ``vespo`` | -sg(e^lambda W^k e^(-lambda W)) A log π, W the product of the sequence's ratios, k and lambda by the sign of A | with ``ratio_level="sequence_sum"``; TRL, arXiv:2602.10693 |
+| ``gmpo`` | -A exp(mean of log r, clipped at eps_high where A >= 0 and at -eps_low where A < 0) | with ``ratio_level="sequence"``; TRL, verl's ``geo_mean``, arXiv:2507.20673 |
+| ``nll`` | -weight log π where A > 0 | to be added to another, for VAPO, arXiv:2504.05118 |
+
+Each has a device function of its name in kernels/surrogates.py. A class of your own derives from
+:class:`Surrogate` and needs no change here.
 """
+
+# ruff: noqa: E501  (the table)
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checks import check_number
+from .surrogate_base import KINDS as KINDS
+from .surrogate_base import Sum as Sum
+from .surrogate_base import Surrogate, clamp
+from .surrogate_text import read
 
 if TYPE_CHECKING:
     from triton import JITFunction
-
-    from .formula import FormulaSurrogate
-
-# By name: what an operator, whose arguments are plain values, can say of a token loss.
-KINDS: dict[str, type[Surrogate] | Surrogate] = {}
-
-
-class Surrogate:
-    """The policy term of one token: a loss of its log-prob, ratio and advantage.
-
-    A subclass is a frozen dataclass whose fields are numbers, the options of the loss, and has
-
-    - ``formula(log_prob, ratio, advantage)``: the loss in PyTorch operations, or (loss, {name:
-      further quantity of the token}).
-
-    That is enough: derivatives, closed form and Triton function follow from it as for
-    :func:`dl_norm.surrogate`. A class may bring its own
-
-    - ``device()``: a ``@triton.jit`` function of log_prob, ratio, advantage and ``settings()``,
-      which returns the loss, its derivative by the log of the ratio, its derivative by the
-      log-prob past the ratio, whether the ratio was clipped at its low and at its high end, and
-      the further quantities, named by ``extra_names``;
-    - ``closed_form(log_prob, ratio, advantage, *settings)``: the same values in PyTorch operations;
-    - ``settings()``: the numbers that these two take, the fields unless said otherwise.
-
-    The ratio is exp of the clamped log-ratio, or exactly 1 without an old policy; beyond the clamp
-    the caller drops the derivative through it.
-    """
-
-    kind: str
-    # Whether the derivative through the ratio depends on more of a token than its advantage.
-    uses_log_prob: bool = True
-    # Whether loss and derivatives are 0 where the advantage is: such tokens may be left out.
-    scales_with_advantage: bool = False
-    _whole: bool = False  # whether the class has its own device() and closed_form()
-    _traced: FormulaSurrogate  # of one that has not
-    # Of the further quantities per token, whose sums come back among the metrics.
-    extra_names: tuple[str, ...] = ()
-
-    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        cls.kind = kind or f"{cls.__module__}:{cls.__qualname__}"
-        own = {name for base in cls.__mro__[: cls.__mro__.index(Surrogate)] for name in vars(base)}
-        cls._whole = {"device", "closed_form"} <= own
-        KINDS[cls.kind] = cls
-
-    def __new__(cls, *args: Any, **kwargs: Any):
-        # Now the fields are known, and a call that is itself traced finds it done.
-        if not cls._whole and "_traced" not in vars(cls):
-            cls._traced = _of_class(cls)
-        return super().__new__(cls)
-
-    def settings(self) -> tuple[float, ...]:
-        return tuple(self._fields().values())
-
-    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Any:
-        raise NotImplementedError
-
-    @classmethod
-    def closed_form(
-        cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float
-    ) -> tuple[Any, ...]:
-        return cls._traced.of_settings(log_prob, ratio, advantage, settings)
-
-    @classmethod
-    def counted(
-        cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float
-    ) -> tuple[Any, ...]:
-        """What of the closed form the metrics count: the two flags and the further quantities."""
-        return cls.closed_form(log_prob, ratio, advantage, *settings)[3:]
-
-    @staticmethod
-    def device() -> JITFunction:
-        raise NotImplementedError
-
-    def resolved(self) -> Surrogate:
-        """What computes it: itself, or, where it has a formula alone, what follows from that."""
-        if type(self).device is not Surrogate.device:
-            return self
-        return self._traced.with_settings(**self._fields())
-
-    def _fields(self) -> dict[str, float]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore
-
-
-def _of_class(cls: type[Surrogate]) -> FormulaSurrogate:
-    """The surrogate of a class's formula, at the defaults of its fields or, without, at 1."""
-    from .formula import FormulaSurrogate
-
-    names = {f.name: 1.0 if f.default is MISSING else f.default for f in dataclasses.fields(cls)}  # type: ignore
-
-    def formula(log_prob, ratio, advantage, **fields):
-        instance = object.__new__(cls)  # past its checks, which look at values
-        for name, value in fields.items():
-            object.__setattr__(instance, name, value)
-        return instance.formula(log_prob, ratio, advantage)
-
-    formula.__name__ = cls.__name__.lower()
-    setattr(formula, "__wrapped__", cls.formula)  # where its source and its lines are  # noqa: B010
-    return FormulaSurrogate(formula, names)  # type: ignore
-
-
-def clamp(values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """As torch.clamp, whose gradient at a bound differs between versions; here it is 1."""
-    return torch.where(values < low, low, torch.where(values > high, high, values))
 
 
 def _by_sign(advantage: Tensor, positive: float, negative: float) -> Tensor:
@@ -210,15 +141,96 @@ class Clip(Surrogate, kind="clip"):
         return clip
 
 
-@dataclass(frozen=True)
-class Cispo(Surrogate, kind="cispo"):
-    """l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log_prob, where sg has no gradient.
+class _Unclipped(Surrogate):
+    """l = -A r."""
 
-    One clip for either sign of A. 1 - eps_low = 0 leaves no lower bound; eps_high may be negative.
+    uses_log_prob = False
+    scales_with_advantage = True
+
+    def settings(self) -> tuple[float, ...]:
+        return math.inf, 0.0, math.inf  # of a clip that has no bound
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return -advantage * ratio
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        return Clip.closed_form(log_prob, ratio, advantage, *settings)
+
+    device = staticmethod(Clip.device)
+
+
+@dataclass(frozen=True)
+class ImportanceSampling(_Unclipped, kind="importance_sampling"):
+    """l = -A r, without bounds but that of the log-ratio clamp."""
+
+
+class _ConstantRatio(Surrogate):
+    """l = -sg(clip(r, low, high)) A log_prob, where sg has no gradient; a clip for each sign of A.
+
+    ``settings()``: positive_low, positive_high (where A >= 0), negative_low, negative_high.
     """
 
     uses_log_prob = False
     scales_with_advantage = True
+    ratio_is_constant = True
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        low, high = self.bounds(advantage, *self.settings())
+        return -clamp(ratio, low, high).detach() * advantage * log_prob
+
+    @staticmethod
+    def bounds(
+        advantage: Tensor,
+        positive_low: float,
+        positive_high: float,
+        negative_low: float,
+        negative_high: float,
+    ) -> tuple[Tensor, Tensor]:
+        low = _by_sign(advantage, positive_low, negative_low)
+        return low, _by_sign(advantage, positive_high, negative_high)
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        low, high = cls.bounds(advantage, *settings)
+        past_ratio = -advantage * ratio.clamp(low, high)
+        return past_ratio * log_prob, 0.0, past_ratio, ratio < low, ratio > high
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import policy_gradient
+
+        return policy_gradient
+
+
+@dataclass(frozen=True)
+class PolicyGradient(_ConstantRatio, kind="policy_gradient"):
+    """l = -sg(clip(r, low, high)) A log_prob, where sg has no gradient; a clip for each sign of A.
+
+    By default the weight is 1: the plain policy gradient, which reads no ratio. ``math.inf`` is no
+    upper bound, 0 no lower one.
+    """
+
+    positive_low: float = 1.0
+    positive_high: float = 1.0
+    negative_low: float = 1.0
+    negative_high: float = 1.0
+
+    def __post_init__(self):
+        for sign in ("positive", "negative"):
+            low, high = (getattr(self, f"{sign}_{end}") for end in ("low", "high"))
+            check_number(low, f"{sign}_low", f"{sign}_low >= 0", lambda v: v >= 0)
+            if not (isinstance(high, float) and high == math.inf):
+                rule = f"{sign}_high >= {sign}_low"
+                check_number(high, f"{sign}_high", rule, lambda v, low=low: v >= low)
+
+
+@dataclass(frozen=True)
+class Cispo(_ConstantRatio, kind="cispo"):
+    """l = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A log_prob, where sg has no gradient.
+
+    One clip for either sign of A. 1 - eps_low = 0 leaves no lower bound; eps_high may be negative.
+    """
 
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -230,22 +242,7 @@ class Cispo(Surrogate, kind="cispo"):
         check_number(self.eps_high, "eps_high", rule, lambda v: v >= -self.eps_low and v > -1)
 
     def settings(self) -> tuple[float, ...]:
-        return 1 - self.eps_low, 1 + self.eps_high
-
-    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
-        return -clamp(ratio, *self.settings()).detach() * advantage * log_prob
-
-    @classmethod
-    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
-        low, high = settings
-        past_ratio = -advantage * ratio.clamp(low, high)
-        return past_ratio * log_prob, 0.0, past_ratio, ratio < low, ratio > high
-
-    @staticmethod
-    def device() -> JITFunction:
-        from .kernels.surrogates import cispo
-
-        return cispo
+        return 2 * (1 - self.eps_low, 1 + self.eps_high)
 
 
 @dataclass(frozen=True)
@@ -287,13 +284,337 @@ class Sapo(Surrogate, kind="sapo"):
         return sapo
 
 
-SURROGATES: dict[str, type[Surrogate]] = {kind.kind: kind for kind in (Clip, Cispo, Sapo)}
+class _TrustRegion(Surrogate):
+    """l = -A r where a divergence of the token from the old policy is within its bounds, else 0.
+
+    With a ratio_cap l = -sg(min(r, ratio_cap)) A log_prob there, which has the same gradient up to
+    the cap. ``settings()``: the least and the largest divergence where A >= 0, the same where
+    A < 0, and the cap.
+
+    The old policy's probability is exp(log_prob) / r. Beyond the log-ratio clamp c it is taken to
+    be e^c or e^-c times the new one: a token whose probability fell by more counts as kept, with a
+    weight of e^-c at most.
+    """
+
+    scales_with_advantage = True
+    ratio_levels = ("token",)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        *bounds, ratio_cap = self.settings()
+        divergence = self.divergence(log_prob.detach(), ratio.detach())
+        low, high = _ConstantRatio.bounds(advantage, *bounds)
+        loss = -advantage * ratio
+        if ratio_cap < math.inf:
+            loss = -advantage * clamp(ratio, 0.0, ratio_cap).detach() * log_prob
+        return torch.where((divergence < low) | (divergence > high), 0.0, loss)
+
+    @staticmethod
+    def divergence(log_prob: Tensor, ratio: Tensor) -> Tensor:
+        """From the old policy to the new one, negative where the probability fell."""
+        raise NotImplementedError
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        *bounds, ratio_cap = settings
+        divergence = cls.divergence(log_prob, ratio)
+        low, high = _ConstantRatio.bounds(advantage, *bounds)
+        below, above = divergence < low, divergence > high
+        outside = below | above
+        weight = (-advantage * ratio.clamp(max=ratio_cap)).masked_fill(outside, 0.0)
+        if ratio_cap == math.inf:
+            return weight, weight, 0.0, below, above
+        return (weight * log_prob).masked_fill(outside, 0.0), 0.0, weight, below, above
+
+
+def _probabilities(log_prob: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the token under the policy and the old policy; not above 1."""
+    return log_prob.exp().clamp(max=1.0), (log_prob.exp() / ratio).clamp(max=1.0)
+
+
+class _TotalVariation(_TrustRegion):
+    @staticmethod
+    def divergence(log_prob: Tensor, ratio: Tensor) -> Tensor:
+        new, old = _probabilities(log_prob, ratio)
+        return new - old
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import dppo_tv
+
+        return dppo_tv
+
+
+def _check_region(settings: Surrogate, *names: str) -> None:
+    for name in names:
+        check_number(getattr(settings, name), name, f"{name} >= 0", lambda v: v >= 0)
+    ratio_cap = getattr(settings, "ratio_cap", None)
+    if ratio_cap is not None:
+        check_number(ratio_cap, "ratio_cap", "ratio_cap > 0 (or None)", lambda v: v > 0)
+
+
+@dataclass(frozen=True)
+class DppoTV(_TotalVariation, kind="dppo_tv"):
+    """DPPO with the total variation of one token: l = -A r unless its probability has risen by more
+    than delta_high (A >= 0) or fallen by more than delta_low (A < 0); then 0.
+
+    With a ratio_cap (verl's clip_ratio_c) l = -sg(min(r, ratio_cap)) A log_prob instead of -A r.
+    """
+
+    delta_low: float = 0.2
+    delta_high: float = 0.2
+    ratio_cap: float | None = None
+
+    def __post_init__(self):
+        _check_region(self, "delta_low", "delta_high")
+
+    def settings(self) -> tuple[float, ...]:
+        cap = math.inf if self.ratio_cap is None else self.ratio_cap
+        return -math.inf, self.delta_high, -self.delta_low, math.inf, cap
+
+
+@dataclass(frozen=True)
+class DppoKL(_TrustRegion, kind="dppo_kl"):
+    """The same, where a change is measured by KL(old || new) of this token against all others."""
+
+    delta_low: float = 0.05
+    delta_high: float = 0.05
+    ratio_cap: float | None = None
+
+    def __post_init__(self):
+        _check_region(self, "delta_low", "delta_high")
+
+    settings = DppoTV.settings
+
+    @staticmethod
+    def divergence(log_prob: Tensor, ratio: Tensor) -> Tensor:
+        new, old = _probabilities(log_prob, ratio)
+        kl = (-old * ratio.log()).masked_fill(old == 0, 0.0)
+        kl = kl + (1 - old) * ((1 - old + 1e-8) / (1 - new + 1e-8)).log()
+        return torch.where(new > old, kl, -kl)
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import dppo_kl
+
+        return dppo_kl
+
+
+@dataclass(frozen=True)
+class Ipo(_TotalVariation, kind="ipo"):
+    """l = -A r unless the token's probability has changed by more than delta, whatever A is."""
+
+    delta: float = 0.1
+
+    def __post_init__(self):
+        _check_region(self, "delta")
+
+    def settings(self) -> tuple[float, ...]:
+        return 2 * (-self.delta, self.delta) + (math.inf,)
+
+
+@dataclass(frozen=True)
+class Drift(Surrogate, kind="drift"):
+    """l = tau / 2 (log r)^2, to be added to another loss; without gradient past the log-ratio
+    clamp."""
+
+    uses_log_prob = False
+
+    tau: float = 0.1
+
+    def __post_init__(self):
+        check_number(self.tau, "tau", "tau >= 0", lambda v: v >= 0)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return 0.5 * self.tau * ratio.log() ** 2
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        (tau,), log_ratio = settings, ratio.log()
+        never = torch.zeros_like(ratio, dtype=torch.bool)
+        return 0.5 * tau * log_ratio * log_ratio, tau * log_ratio, 0.0, never, never
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import drift
+
+        return drift
+
+
+@dataclass(frozen=True)
+class AbsDrift(Surrogate, kind="abs_drift"):
+    """l = weight abs(log r), to be added to another loss; KL-Cov has it at some tokens (see
+    :func:`dl_norm.kl_cov_tokens`). Without gradient where r is 1, and past the log-ratio clamp."""
+
+    uses_log_prob = False
+
+    weight: float = 0.1
+
+    def __post_init__(self):
+        check_number(self.weight, "weight", "weight >= 0", lambda v: v >= 0)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return self.weight * ratio.log().abs()
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        (weight,), log_ratio = settings, ratio.log()
+        never = torch.zeros_like(ratio, dtype=torch.bool)
+        return weight * log_ratio.abs(), weight * log_ratio.sign(), 0.0, never, never
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import abs_drift
+
+        return abs_drift
+
+
+@dataclass(frozen=True)
+class Nll(Surrogate, kind="nll"):
+    """l = -weight log_prob where A > 0, to be added to another loss.
+
+    Where A is the reward less the mean of its prompt, a correct answer has A > 0 unless all of its
+    prompt's are correct: then A = 0 and this term is not there. For other sets of answers, or other
+    weights than those of the policy term, add a second loss whose advantages are 1:
+    ``policy_loss(log_probs, None, ones, mask, weights, sequence_mask=correct,
+    surrogate="policy_gradient")``.
+    """
+
+    uses_log_prob = False
+    scales_with_advantage = True
+    ratio_is_constant = True
+
+    weight: float = 0.1
+
+    def __post_init__(self):
+        check_number(self.weight, "weight", "weight >= 0", lambda v: v >= 0)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return torch.where(advantage > 0, -self.weight * log_prob, 0.0)
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        (weight,), zeros = settings, torch.zeros_like(log_prob)
+        past_ratio = torch.where(advantage > 0, zeros - weight, zeros)
+        never = torch.zeros_like(zeros, dtype=torch.bool)
+        return (
+            torch.where(advantage > 0, past_ratio * log_prob, zeros),
+            0.0,
+            past_ratio,
+            never,
+            never,
+        )
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import nll
+
+        return nll
+
+
+@dataclass(frozen=True)
+class Vespo(Surrogate, kind="vespo"):
+    """l = -sg(phi(W)) A log_prob with phi(W) = e^lambda W^k e^(-lambda W), W the product of the
+    ratios of the sequence's tokens: ``ratio_level="sequence_sum"``.
+
+    phi(1) = 1; W counts as 1e-8 where it is less. TRL's W also has the ratios of the old policy to
+    the one that sampled, as far as it lets them: subtract their logs from ``old_log_probs``.
+    """
+
+    uses_log_prob = False
+    scales_with_advantage = True
+    ratio_is_constant = True
+    ratio_levels = ("sequence_sum",)
+
+    k_pos: float = 2.0  # where A >= 0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __post_init__(self):
+        for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg"):
+            check_number(getattr(self, name), name, f"{name} > 0", lambda v: v > 0)
+
+    def formula(self, log_prob: Tensor, ratio: Tensor, advantage: Tensor) -> Tensor:
+        return -Vespo.gamma(ratio, advantage, *self.settings()).detach() * advantage * log_prob
+
+    @staticmethod
+    def gamma(
+        ratio: Tensor,
+        advantage: Tensor,
+        k_pos: float,
+        lambda_pos: float,
+        k_neg: float,
+        lambda_neg: float,
+    ) -> Tensor:
+        k, scale = _by_sign(advantage, k_pos, k_neg), _by_sign(advantage, lambda_pos, lambda_neg)
+        ratio = ratio.clamp(min=1e-8)
+        # One exponent: the factors would overflow. Where the product is infinite phi is 0.
+        return (k * ratio.log() - scale * (ratio - 1)).exp().masked_fill(ratio == math.inf, 0.0)
+
+    @classmethod
+    def closed_form(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
+        past_ratio = -advantage * Vespo.gamma(ratio, advantage, *settings)
+        never = torch.zeros_like(log_prob, dtype=torch.bool)
+        return past_ratio * log_prob, 0.0, past_ratio, never, never
+
+    @staticmethod
+    def device() -> JITFunction:
+        from .kernels.surrogates import vespo
+
+        return vespo
+
+
+@dataclass(frozen=True)
+class Gmpo(_Unclipped, kind="gmpo"):
+    """l = -A r, r the geometric mean of the ratios of the sequence's tokens, each clipped before.
+
+    Log-ratios are clipped, at eps_high from above where A >= 0 and at -eps_low from below where
+    A < 0. ``ratio_level="sequence"``, or "sequence_token".
+    """
+
+    ratio_levels = ("sequence", "sequence_token")
+
+    eps_low: float = 0.4
+    eps_high: float = 0.4
+
+    def __post_init__(self):
+        for name in ("eps_low", "eps_high"):
+            check_number(getattr(self, name), name, f"{name} >= 0", lambda v: v >= 0)
+
+    @property
+    def token_clip(self) -> tuple[float, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return -self.eps_low, self.eps_high
+
+
+def clipped_tokens(
+    log_ratio: Tensor, advantage: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Where ``token_clip`` clips from below and from above."""
+    return (log_ratio < low) & (advantage < 0), (log_ratio > high) & (advantage >= 0)
+
+
+def dro(tau: float = 0.1) -> Surrogate:
+    """l = -A log_prob + tau / 2 (log r)^2."""
+    return PolicyGradient() + Drift(tau)
+
+
+_KINDS = (
+    Clip, Cispo, Sapo, PolicyGradient, ImportanceSampling, DppoTV, DppoKL, Ipo, Vespo, Gmpo, Drift,
+    AbsDrift, Nll,
+)  # fmt: skip
+SURROGATES: dict[str, Callable[..., Surrogate]] = {
+    **{kind.kind: kind for kind in _KINDS},
+    "dro": dro,
+}
+# At their defaults, made here, so that nothing is made while a call is traced.
+_DEFAULTS = {name: make() for name, make in SURROGATES.items()}
 
 
 def load(surrogate: str | Surrogate | Callable[..., Any], **fields: float) -> Surrogate:
     """The token loss that a configuration names.
 
-    ``surrogate``: a built-in name (``"clip"``, …); the import path ``"package.module:name"`` of a
+    ``surrogate``: a built-in name (``"clip"``, …), that with options, or a sum of such, as at the
+    top; the import path ``"package.module:name"`` of a
     formula (see :func:`dl_norm.surrogate`), of a class derived from :class:`Surrogate` or of an
     instance of one; or one of these itself. ``fields``: the options of a class, the settings of a
     formula.
@@ -305,7 +626,10 @@ def load(surrogate: str | Surrogate | Callable[..., Any], **fields: float) -> Su
     """
     found: Any = surrogate
     if isinstance(surrogate, str):
-        found = SURROGATES.get(surrogate) or _imported(surrogate)
+        if surrogate in SURROGATES:
+            return SURROGATES[surrogate](**fields) if fields else _DEFAULTS[surrogate]
+        written_out = "(" in surrogate or "+" in surrogate
+        found = read(surrogate, SURROGATES) if written_out else _imported(surrogate)
     if isinstance(found, Surrogate):
         if fields:
             raise ValueError(

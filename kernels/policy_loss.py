@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .surrogates import NUM_METRICS, clamped_ratio, token_metrics, token_terms, unit_ratio
+from .surrogates import (
+    NUM_METRICS,
+    clamped_ratio,
+    clipped_tokens,
+    token_metrics,
+    token_terms,
+    unit_ratio,
+)
 
 TOKENS_PER_THREAD = tl.constexpr(8)
 
@@ -177,6 +184,9 @@ def _tile_loss(
     )
     if RATIO_GRADS is not None:
         through_ratio = _of_sequence(RATIO_GRADS, seq, later, lane)
+    if terms.token_clip is not None and tokens.old_log_probs is not None:
+        below, above = clipped_tokens(log_prob - old_log_prob, advantage, terms.token_clip)
+        through_ratio = tl.where(below | above, 0.0, through_ratio)
 
     # Last of all, so that nothing of a token that does not count gets through.
     loss = tl.where(counted, weight * loss, 0.0)
@@ -290,9 +300,11 @@ def policy_loss_sequence_kernel(
     N: tl.int64,
     T: tl.int64,
     terms,
+    MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean log-ratio of sequence ``program_id``, and what a log-prob changes through it.
+    """Mean log-ratio of sequence ``program_id`` (without MEAN the sum), and what a log-prob changes
+    through it.
 
     With s the ratio of the sequence, RATIO_GRADS is (1/L) sum_t d(loss_t)/d(log s), or None. Where
     the terms of a sequence's tokens are all alike that mean is each token's own, and not asked for.
@@ -307,23 +319,34 @@ def policy_loss_sequence_kernel(
         first = tl.minimum(tl.maximum(tl.load(CU_SEQLENS + seq).to(tl.int64), 0), N)
         end = tl.minimum(tl.load(CU_SEQLENS + seq + 1).to(tl.int64), N)
 
-    lengths = tl.zeros([BLOCK], tl.float32)
-    log_ratios = tl.zeros([BLOCK], tl.float32)
+    like = tl.zeros([BLOCK], tl.float32)
+    lengths = like
+    log_ratios = like
     position = first
     while position < end:
         counted = _counted(tokens.mask, position + lane, end)
         lengths += tl.where(counted, 1.0, 0.0)
         if tokens.old_log_probs is not None:
             log_prob = _load_counted(tokens.log_probs, position + lane, counted)
-            log_ratios += log_prob - _load_counted(tokens.old_log_probs, position + lane, counted)
+            log_ratio = log_prob - _load_counted(tokens.old_log_probs, position + lane, counted)
+            if terms.token_clip is not None:
+                if tokens.advantages is not None:
+                    advantage = _load_counted(tokens.advantages, position + lane, counted)
+                else:
+                    advantage = like + tl.load(ADVANTAGES + seq).to(tl.float32)
+                below, above = clipped_tokens(log_ratio, advantage, terms.token_clip)
+                log_ratio = tl.where(below, terms.token_clip[0], log_ratio)
+                log_ratio = tl.where(above, terms.token_clip[1], log_ratio)
+            log_ratios += log_ratio
         position += BLOCK
     length = tl.maximum(tl.sum(lengths, axis=0), 1.0)
-    mean = tl.sum(log_ratios, axis=0) / length
+    mean = tl.sum(log_ratios, axis=0)
+    if MEAN:
+        mean /= length
     if LOG_RATIO_MEANS is not None:
         tl.store(LOG_RATIO_MEANS + seq, mean)
 
     if RATIO_GRADS is not None:
-        like = tl.zeros([BLOCK], tl.float32)
         if tokens.old_log_probs is not None:
             _, ratio, outside = clamped_ratio(like + mean, terms.log_ratio_clamp)
         else:

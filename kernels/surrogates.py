@@ -32,6 +32,7 @@ class TokenTerms(NamedTuple):
 
     surrogate: Any  # (token loss, its settings)
     log_ratio_clamp: Any
+    token_clip: Any  # bounds of a token's log-ratio in the mean of its sequence, or None
     kl: Any  # KLTerms; None: no reference
 
 
@@ -52,8 +53,13 @@ def clip(log_prob, ratio, advantage, positive_high, negative_low, negative_high)
 
 
 @triton.jit
-def cispo(log_prob, ratio, advantage, low, high):
-    """-A clip(r) log_prob, where the clipped ratio is a constant; one clip for both signs of A."""
+def policy_gradient(
+    log_prob, ratio, advantage, positive_low, positive_high, negative_low, negative_high
+):
+    """-A clip(r) log_prob, where the clipped ratio is a constant; a clip for each sign of A."""
+    negative = advantage < 0
+    low = tl.where(negative, negative_low, positive_low)
+    high = tl.where(negative, negative_high, positive_high)
     below = ratio < low
     above = ratio > high
     past_ratio = -advantage * tl.where(below, low, tl.where(above, high, ratio))
@@ -74,6 +80,111 @@ def sapo(log_prob, ratio, advantage, temperature_pos, temperature_neg):
     through_ratio = -advantage * (4.0 * larger * smaller) * ratio
     never = ratio < 0.0
     return loss, through_ratio, tl.zeros_like(loss), never, never
+
+
+@triton.jit
+def _probabilities(log_prob, ratio):
+    """Of the token under the policy and, from the ratio, under the old one; not above 1."""
+    new = tl.exp(log_prob)
+    old = new / ratio
+    return tl.where(new > 1.0, 1.0, new), tl.where(old > 1.0, 1.0, old)
+
+
+@triton.jit
+def _in_trust_region(
+    divergence, log_prob, ratio, advantage, positive_low, positive_high, negative_low,
+    negative_high, ratio_cap,
+):  # fmt: skip
+    """-A r where the divergence, which has a sign, is within its bounds, else 0. With a finite
+    ratio_cap -A min(r, ratio_cap) log_prob, where the ratio is a constant."""
+    negative = advantage < 0
+    below = divergence < tl.where(negative, negative_low, positive_low)
+    above = divergence > tl.where(negative, negative_high, positive_high)
+    weight = -advantage * tl.where(ratio > ratio_cap, ratio_cap, ratio)
+    weight = tl.where(below | above, 0.0, weight)
+    capped = ratio_cap < float("inf")
+    loss = tl.where(capped, weight * log_prob, weight)
+    loss = tl.where(below | above, 0.0, loss)
+    return loss, tl.where(capped, 0.0, weight), tl.where(capped, weight, 0.0), below, above
+
+
+@triton.jit
+def dppo_tv(
+    log_prob, ratio, advantage, positive_low, positive_high, negative_low, negative_high, ratio_cap
+):
+    """The divergence is the change of the token's probability."""
+    new, old = _probabilities(log_prob, ratio)
+    return _in_trust_region(
+        new - old, log_prob, ratio, advantage, positive_low, positive_high, negative_low,
+        negative_high, ratio_cap,
+    )  # fmt: skip
+
+
+@triton.jit
+def dppo_kl(
+    log_prob, ratio, advantage, positive_low, positive_high, negative_low, negative_high, ratio_cap
+):
+    """The divergence is KL(old || new) of this token against all others, with the sign of the
+    change of its probability."""
+    new, old = _probabilities(log_prob, ratio)
+    # Not 0 * inf where the old probability has underflowed.
+    kl = tl.where(old > 0, -old * tl.log(ratio), 0.0)
+    kl += (1.0 - old) * tl.log((1.0 - old + 1e-8) / (1.0 - new + 1e-8))
+    return _in_trust_region(
+        tl.where(new > old, kl, -kl), log_prob, ratio, advantage, positive_low, positive_high,
+        negative_low, negative_high, ratio_cap,
+    )  # fmt: skip
+
+
+@triton.jit
+def drift(log_prob, ratio, advantage, tau):
+    """tau / 2 times the square of the log-ratio."""
+    log_ratio = tl.log(ratio)
+    through_ratio = tau * log_ratio
+    never = ratio < 0.0
+    zeros = tl.zeros_like(through_ratio)
+    return 0.5 * through_ratio * log_ratio, through_ratio, zeros, never, never
+
+
+@triton.jit
+def abs_drift(log_prob, ratio, advantage, weight):
+    """weight times the size of the log-ratio, whose derivative at 0 is 0."""
+    log_ratio = tl.log(ratio)
+    zeros = tl.zeros_like(log_ratio)
+    through_ratio = tl.where(log_ratio > 0, zeros + weight, tl.where(log_ratio < 0, -weight, zeros))
+    never = ratio < 0.0
+    return weight * tl.abs(log_ratio), through_ratio, zeros, never, never
+
+
+@triton.jit
+def nll(log_prob, ratio, advantage, weight):
+    """-weight log_prob where A > 0."""
+    zeros = tl.zeros_like(ratio)
+    past_ratio = tl.where(advantage > 0, zeros - weight, zeros)
+    loss = tl.where(advantage > 0, past_ratio * log_prob, zeros)
+    never = ratio < 0.0
+    return loss, zeros, past_ratio, never, never
+
+
+@triton.jit
+def vespo(log_prob, ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg):
+    """-phi(r) A log_prob, where phi(r) = e^lambda r^k e^(-lambda r) is a constant."""
+    negative = advantage < 0
+    k = tl.where(negative, k_neg, k_pos)
+    scale = tl.where(negative, lambda_neg, lambda_pos)
+    least = tl.where(ratio < 1e-8, 1e-8, ratio)
+    # One exponent: the factors would overflow. Where the product is infinite phi is 0.
+    phi = tl.exp(k * tl.log(least) - scale * (least - 1.0))
+    past_ratio = -advantage * tl.where(least == float("inf"), 0.0, phi)
+    loss = past_ratio * log_prob
+    never = ratio < 0.0
+    return loss, tl.zeros_like(loss), past_ratio, never, never
+
+
+@triton.jit
+def clipped_tokens(log_ratio, advantage, bounds):
+    """Where a token's log-ratio counts in its sequence's mean as its lower or its upper bound."""
+    return (log_ratio < bounds[0]) & (advantage < 0), (log_ratio > bounds[1]) & (advantage >= 0)
 
 
 @triton.jit

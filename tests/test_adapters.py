@@ -81,10 +81,18 @@ def test_hand_over_to_the_kernel(
     changed.check(RUNS[trainer](changed, monkeypatch, impl="triton"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"surrogate": "sapo", "sapo_temperature_neg": 1.3},
+        {"surrogate": "dppo_tv(0.05, 0.05, ratio_cap=20) + drift(tau=0.2)"},
+    ],
+)
 @pytest.mark.parametrize("trainer", RUNS)
-def test_own_options(rollout: Rollout, trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_options(
+    rollout: Rollout, trainer: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A user's own surrogate, with its settings and without the trainer's, reaches the loss."""
-    options = {"surrogate": "sapo", "sapo_temperature_neg": 1.3}
     rollout.check(RUNS[trainer](rollout, monkeypatch, **options), **options)
 
 

@@ -78,8 +78,9 @@ def vector(case):
 
 def token_dtypes(case):
     """The dtypes of the tensors of which the forward kernel reads one element a token."""
-    own_ratio = case["old"] and case["level"] == "token"  # else 1, or one number a sequence
-    log_prob = own_ratio or case["ref"] or case["surrogate"] in ("cispo", "own")
+    own_ratio = case["old"] and (case["level"] == "token" or case["surrogate"] == "gmpo")
+    # Else the ratio is 1, or one number a sequence.
+    log_prob = own_ratio or case["ref"] or case["surrogate"] not in ("clip", "sapo")
     dtypes = [case["dtype"]] * (log_prob + own_ratio + case["ref"])
     dtypes += ["float32"] * (case["advantages"] == "token")
     dtypes += [case["policy_dtype"]] * (case["policy_weights"] == "token")
@@ -90,13 +91,14 @@ OPTIONAL = {
     FWD: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
-        "RATIO_GRADS", "GRAD", "terms.kl", "terms.kl.clamps", "terms.kl.grad_estimator",
-        "terms.kl.WEIGHTED_GRAD", "terms.kl.CORRECTED",
+        "RATIO_GRADS", "GRAD", "terms.token_clip", "terms.kl", "terms.kl.clamps",
+        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD", "terms.kl.CORRECTED",
     ),
     SEQUENCE: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
-        "RATIO_GRADS",
+        "RATIO_GRADS", "terms.token_clip", "terms.kl", "terms.kl.clamps",
+        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD",
     ),
 }  # fmt: skip
 
@@ -110,22 +112,27 @@ def test_what_may_be_absent_is_covered(kernel, report):
     assert names == set(OPTIONAL[kernel])
     for name in names:
         assert not all(name in row and row[name] is None for row in rows), name
-    flags = ("BIAS_CORRECTED_KL", "METRICS") if kernel == FWD else ("BIAS_CORRECTED_KL",)
-    for flag in flags:
-        assert {row[flag] for row in rows} == {False, True}, flag
-    assert {row["terms.surrogate.0"] for row in rows} >= {"clip", "cispo", "sapo", "own_loss"}
+    flag = "METRICS" if kernel == FWD else "MEAN"
+    assert {row[flag] for row in rows} == {False, True}
+    assert {row["terms.surrogate.0"] for row in rows} >= {
+        "clip", "policy_gradient", "sapo", "own_loss"
+    }  # fmt: skip
 
 
 def test_nothing_spills(kernels):
     """To memory. On gfx942, where a predicate is a pair of scalar registers, kernels with metrics
-    keep up to 88 of those in lanes of two vector registers; the reader reports them apart."""
+    keep up to 88 of those in lanes of two vector registers, 100 with a sum of three token losses;
+    the reader reports them apart."""
     spilled = {name(row): row["spill_bytes"] for row in kernels if row["spill_bytes"]}
     old = Version(triton.__version__) < Version("3.7")
     if spilled and old and all(row.endswith("on sm_80") for row in spilled):
         pytest.xfail(f"the assembler of Triton {triton.__version__} spills on sm_80: {spilled}")
     assert not spilled
     assert not {name(row): row["local_memory"] for row in kernels if row["local_memory"]}
-    assert all(row.get("scalar_spills", 0) <= 88 for row in kernels)
+    assert all(
+        row.get("scalar_spills", 0) <= (100 if " + " in row["case"]["surrogate"] else 88)
+        for row in kernels
+    )
 
 
 def test_no_double_precision(kernels):
@@ -195,6 +202,8 @@ def register_budget(row):
         return 128  # one program a sequence: there are seldom more of them than fit
     if case["name"] in ("padded", "packed", "packed, mask", "bf16", "bf16 packed", "fp16"):
         return 72
+    if "dppo" in case["surrogate"] and case["ref"]:
+        return 160  # 3 programs: the probabilities of both policies, beside all that there may be
     return 128
 
 
@@ -210,13 +219,15 @@ def test_registers_within_budget(report, target):
 
 
 def test_registers_within_budget_on_gfx942(report):
-    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss adds sums."""
+    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss adds sums or
+    has the probabilities of both policies."""
     rows = [row for row in report["kernels"] if row["target"] == "gfx942"]
-    over = {
-        name(row): row["registers"]
-        for row in rows
-        if row["registers"] > (168 if row["constants"].get("NUM_EXTRAS") else 128)
-    }
+
+    def budget(row):
+        more = row["constants"].get("NUM_EXTRAS") or "dppo" in row["case"]["surrogate"]
+        return 168 if more else 128
+
+    over = {name(row): row["registers"] for row in rows if row["registers"] > budget(row)}
     assert not over
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
+import pickle
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
@@ -17,7 +21,21 @@ import triton
 import triton.language as tl
 
 import dl_norm
-from dl_norm.surrogates import SURROGATES, load
+from dl_norm.options import RATIO_LEVELS
+from dl_norm.surrogates import (
+    SURROGATES,
+    Clip,
+    DppoKL,
+    DppoTV,
+    Drift,
+    Gmpo,
+    ImportanceSampling,
+    Ipo,
+    Nll,
+    PolicyGradient,
+    Vespo,
+    load,
+)
 
 IMPLEMENTATIONS = ("triton", "torch")
 
@@ -31,7 +49,7 @@ def drift(log_prob, ratio, advantage, tau):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drift(dl_norm.Surrogate):
+class Penalised(dl_norm.Surrogate):
     """Policy gradient with a quadratic penalty on the log-ratio."""
 
     tau: float = 0.3
@@ -78,16 +96,39 @@ def clip(log_prob, ratio, advantage, eps_low=0.2, eps_high=0.28):
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
+SOFT_CLIP = dl_norm.surrogate(soft_clip, temperature=0.5)
 CASES = {
-    "drift": Drift(),
+    "drift": Penalised(),
     "cubed": Cubed(0.7),
     "truncated": dl_norm.surrogate(truncated, bound=1.1),
     "huber": dl_norm.surrogate(huber, delta=0.25),
     "likelihood": dl_norm.surrogate(likelihood),
-    "soft_clip": dl_norm.surrogate(soft_clip, temperature=0.5),
+    "soft_clip": SOFT_CLIP,
     "clip": dl_norm.surrogate(clip),
 }
+# The package's, and sums
+OWN = {
+    "topr": PolicyGradient(negative_low=0),
+    "unclipped": ImportanceSampling(),
+    "dppo_tv": DppoTV(0.05, 0.08),
+    "dppo_tv, cap": DppoTV(0.05, 0.08, ratio_cap=1.1),
+    "dppo_kl": DppoKL(0.02, 0.01),
+    "ipo + drift": Ipo(0.1) + Drift(0.5),
+    "clip + nll": Clip() + Nll(0.3),
+    # A class and two formulas, with further quantities
+    "three": Cubed(0.7) + SOFT_CLIP + dl_norm.surrogate(truncated, bound=1.1),
+}
+OF_SEQUENCES = {"vespo": Vespo(), "gmpo": Gmpo(0.1, 0.15)}
 LAYOUTS = ("padded", "packed")
+LEVELS = ("token", "sequence", "sequence_token")
+ARRANGED = [
+    *itertools.product(CASES, LEVELS, LAYOUTS),
+    *itertools.product(OWN, LEVELS[:1], LAYOUTS[:1]),
+    *itertools.product(("topr", "clip + nll", "three"), LEVELS[1:2], LAYOUTS[1:]),
+    *itertools.product(("vespo", "topr"), ("sequence_sum",), LAYOUTS),
+    *itertools.product(("gmpo",), LEVELS[1:], LAYOUTS),
+]
+CASES |= OWN | OF_SEQUENCES
 
 
 def case(layout, seed=0):
@@ -131,9 +172,7 @@ def assert_near(got, true, unit=2e-6):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "level", "layout"), ARRANGED)
 def test_log_probs(name, level, layout, impl):
     tensors = case(layout)
     options = {"surrogate": CASES[name], "ratio_level": level, "return_metrics": True}
@@ -150,8 +189,9 @@ def test_log_probs(name, level, layout, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "layout"), [(n, w) for n, level, w in ARRANGED if level == "token"]
+)
 def test_heads(name, layout, impl):
     """From hidden states and from logits, with what it returns beside the loss."""
     tensors = case(layout)
@@ -196,13 +236,13 @@ def test_the_clip_as_a_formula_is_the_clip(layout, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["drift", "cubed", "soft_clip"])
+@pytest.mark.parametrize("name", ["drift", "cubed", "soft_clip", "ipo + drift", "dro", "dppo_kl"])
 def test_torch_compile(name, impl):
     tensors = case("padded")
 
     def step(log_probs):
         given = {**tensors, "log_probs": log_probs}
-        return dl_norm.policy_loss(**given, surrogate=CASES[name], impl=impl)
+        return dl_norm.policy_loss(**given, surrogate=CASES.get(name, name), impl=impl)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
@@ -246,6 +286,93 @@ def test_a_name_is_an_import_path(monkeypatch):
     with pytest.raises(ValueError, match=r"dual_clip=3.0 has no effect with surrogate="):
         dl_norm.policy_loss(**tensors, surrogate=CASES["drift"], dual_clip=3.0)
     assert load("sapo") == SURROGATES["sapo"]()
+
+
+def test_a_string_may_bring_options_and_be_a_sum():
+    """As a configuration of text writes it."""
+    for text, same in (
+        ("dppo_tv(delta_high=0.15)", DppoTV(delta_high=0.15)),
+        ("policy_gradient(0, inf, negative_high=2)", PolicyGradient(0, math.inf, 1.0, 2)),
+        ("cispo(eps_high=-0.1)", SURROGATES["cispo"](eps_high=-0.1)),
+        ("clip(dual_clip=None)+nll( weight = 2e-1 )", Clip() + Nll(0.2)),
+        ("dro(0.3)", PolicyGradient() + Drift(0.3)),
+        ("dro + ipo", PolicyGradient() + Drift() + Ipo()),
+    ):
+        assert load(text) == same and hash(load(text)) == hash(same)
+        assert pickle.loads(pickle.dumps(same)) == same
+    assert load("clip + nll") != load("clip + nll(0.2)") != Clip()
+    for text, error, message in (
+        ("clip + ppo", ValueError, "ppo is none. The losses are clip, cispo"),
+        ("dppo_tv(delta_high=__import__)", ValueError, "__import__ is no number"),
+        ("dppo_tv(True)", ValueError, "True is no number"),
+        ("clip + (nll", ValueError, "is no sum of losses such as"),
+        ("os.system('ls') + clip", ValueError, "is none"),
+        ("clip - nll(1)", ValueError, "clip - nll(1) is none"),
+        ("dppo_tv(eps=1)", TypeError, "eps"),
+        ("dppo_tv(delta_low=-1)", ValueError, "expected delta_low >= 0"),
+        ("dppo_kl(ratio_cap=0)", ValueError, "ratio_cap > 0 (or None)"),
+        ("policy_gradient(2)", ValueError, "expected positive_high >= positive_low"),
+        ("policy_gradient(-1)", ValueError, "expected positive_low >= 0"),
+        ("drift(-1)", ValueError, "expected tau >= 0"),
+        ("nll(inf)", ValueError, "expected weight >= 0 and finite"),
+    ):
+        with pytest.raises(error) as raised:
+            load(text)
+        assert message in str(raised.value)
+
+
+def test_what_makes_no_sense_together():
+    tensors = case("padded")
+    for given, error, message in (
+        ({"surrogate": "dppo_tv + nll", "ratio_level": "sequence"}, ValueError,
+         "has a meaning with ratio_level='token' alone, got 'sequence'"),
+        ({"surrogate": "vespo"}, ValueError, "ratio_level='sequence_sum' alone, got 'token'"),
+        ({"surrogate": "gmpo"}, ValueError, "'sequence' or 'sequence_token' alone, got 'token'"),
+        ({"surrogate": "gmpo", "eps_low": 0.3, "ratio_level": "sequence"}, ValueError,
+         "eps_low=0.3 has no effect"),
+        ({"ratio_level": "sequence_sum"}, ValueError, "has a derivative through the ratio"),
+        ({"ratio_level": "sequence_sum", "surrogate": CASES["drift"]}, ValueError, "derivative"),
+        ({"ratio_level": "sequence_sum", "surrogate": "cispo", "bias_corrected_kl": True},
+         ValueError, "bias_corrected_kl has a derivative"),
+        ({"surrogate": Ipo(), "delta": 2.0}, ValueError, "delta=2.0 has no effect"),
+    ):  # fmt: skip
+        for function in (dl_norm.policy_loss, dl_norm.reference.policy_loss):
+            with pytest.raises(error, match=message):
+                function(**tensors, **given)
+    with pytest.raises(TypeError, match="bring their options along"):
+        dl_norm.DeltaLLoss(max_length=8, surrogate="dppo_tv", delta_low=0.1)
+    for text in ("gmpo + drift", "vespo + dppo_tv"):
+        with pytest.raises(ValueError, match=r"is no part of a sum|ratios of different levels"):
+            load(text)
+    with pytest.raises(ValueError, match="must have names of their own"):
+        SOFT_CLIP + SOFT_CLIP
+    with pytest.raises(TypeError):
+        Clip() + 1
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl", "ipo"])
+def test_past_the_clamp_a_probability_is_that_times_the_ratio(name, impl):
+    """Ratios to e^40 either way: nothing that is not a number, and next to no gradient where the
+    clamp makes a token count as kept."""
+    tensors = case("padded")
+    shifts = torch.linspace(-40, 40, tensors["mask"].numel()).view(tensors["mask"].shape)
+    tensors["old_log_probs"] = torch.full_like(shifts, -0.05)
+    tensors["log_probs"] = (-0.05 + shifts).clamp(max=-1e-3)
+    tensors["old_log_probs"] = tensors["log_probs"] - shifts
+    for clamp in (20.0, None):
+        for surrogate in (name, f"{name}(ratio_cap=20)" if name != "ipo" else name):
+            _, grad, _ = gradient(
+                dl_norm.policy_loss, tensors, impl=impl, surrogate=surrogate, log_ratio_clamp=clamp
+            )
+            true = gradient(
+                dl_norm.reference.policy_loss, in_double(tensors), surrogate=surrogate,
+                log_ratio_clamp=clamp,
+            )[1]  # fmt: skip
+            assert grad.isfinite().all()
+            assert_near(grad, true, 5e-6)  # float32 knows a log-ratio of 40 to 2e-6
+            fallen = shifts < -20
+            assert (grad[fallen].abs() <= 3e-9 * tensors["weights"].max() * 4).all()
 
 
 def test_metrics_of_two_surrogates_do_not_add_up():
@@ -293,3 +420,8 @@ def test_named_constant_ratio_losses(impl):
         (true,) = torch.autograd.grad(loss[tensors["mask"]].sum(), leaf)
         _, grad, _ = gradient(dl_norm.policy_loss, tensors, impl=impl, surrogate="cispo", **bounds)
         assert_near(grad, true)
+
+
+def test_every_name_is_a_keyword_for_type_checkers():
+    assert set(typing.get_args(dl_norm.keywords.SurrogateName)) == set(SURROGATES)
+    assert set(typing.get_args(dl_norm.keywords.RatioLevel)) == set(RATIO_LEVELS)

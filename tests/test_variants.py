@@ -44,6 +44,12 @@ VARIANTS = {
     "sequence_token, clamp": {"ratio_level": "sequence_token", "log_ratio_clamp": 0.04},
 }  # fmt: skip
 
+# Of test_surrogates.py, here for what holds of whole sequences
+WITH_PRE_PASS = {
+    "vespo": {"surrogate": "vespo", "ratio_level": "sequence_sum"},
+    "gmpo": {"surrogate": "gmpo(0.2, 0.3)", "ratio_level": "sequence"},
+}
+
 
 def policy_masks(batch, entropy: bool = True, sequence: bool = True, seed: int = 0) -> dict:
     random = torch.Generator().manual_seed(seed)
@@ -178,8 +184,8 @@ def test_metrics(variant, impl, make_batch, run_loss):
 def test_masked_positions_may_hold_anything(poison, impl, make_batch, run_loss, poison_empty):
     """The bits of zeros there, also in the mean over a sequence and without the clamp."""
     fields = ("log_probs", "old_log_probs", "ref_log_probs", "advantages", "rollout_weights")
-    for variant in ("sequence, corrected KL", "cispo", "sapo", "sequence_token"):
-        given = {**VARIANTS[variant], "log_ratio_clamp": None, "beta": 0.1}
+    for variant in ("sequence, corrected KL", "cispo", "sapo", "sequence_token", *WITH_PRE_PASS):
+        given = {**{**VARIANTS, **WITH_PRE_PASS}[variant], "log_ratio_clamp": None, "beta": 0.1}
         batch = make_batch(
             [9, 0, 4, 6], 9, holes=True, ref=True, advantages="token", rollout="token"
         )
@@ -254,7 +260,8 @@ def test_policy_masks_keep_where_they_are_not_zero(mask_dtype, impl, make_batch,
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize(
-    "variant", ["sequence", "sequence, corrected KL", "sequence_token", "cispo", "sapo"]
+    "variant",
+    ["sequence", "sequence, corrected KL", "sequence_token", "cispo", "sapo", *WITH_PRE_PASS],
 )
 def test_slices_add_up(variant, impl, make_batch, run_loss):
     """Losses to rounding, gradients to the bit: a sequence's mean does not depend on what else is
@@ -263,7 +270,7 @@ def test_slices_add_up(variant, impl, make_batch, run_loss):
         [900, 0, 1300, 17, 64], 1301, holes=True, ref=True, advantages="token", rollout="token"
     )
     masks = policy_masks(batch)
-    given = VARIANTS[variant]
+    given = {**VARIANTS, **WITH_PRE_PASS}[variant]
     whole = run_loss(impl, batch, **given, **masks)
     parts = [
         run_loss(
@@ -431,7 +438,7 @@ NO_EFFECT = [
     ({"surrogate": "sapo", "delta": 2.0}, "delta=2.0 has no effect"),
     ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg=2.0 has no effect with surrogate='clip'"),
     ({"surrogate": "sapo", "sapo_temperature_neg": 0.0}, "expected sapo_temperature_neg > 0"),
-    ({"surrogate": "SAPO"}, "there is no surrogate 'SAPO': take one of clip, cispo, sapo, or"),
+    ({"surrogate": "SAPO"}, "there is no surrogate 'SAPO': take one of clip, cispo, sapo, policy"),
     ({"ratio_level": "row"}, "ratio_level must be one of 'token', 'sequence', 'sequence_token'"),
     ({"surrogate": "cispo", "eps_low": 0.1, "eps_high": -0.2}, "expected eps_high >= -eps_low"),
     ({"surrogate": "cispo", "eps_low": 1.0, "eps_high": -1.0}, "eps_high > -1"),

@@ -18,6 +18,7 @@ import torch
 
 from bench.lift import NotInstalled, lift
 from dl_norm.log_probs.off_policy import off_policy_sequence_mask
+from dl_norm.surrogates import DppoKL, DppoTV, Gmpo
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 BUDGET = 3e-6
@@ -47,10 +48,11 @@ def trl(name: str):
     utilities = (
         (tool, lifted("trl.trainer.utils", tool, ("torch", torch))) for tool in ("nanmin", "nanmax")
     )
-    return lifted("trl.trainer.grpo_trainer", f"GRPOTrainer.{name}", ("torch", torch), *utilities)
+    tools = (("torch", torch), ("math", math), *utilities)
+    return lifted("trl.trainer.grpo_trainer", f"GRPOTrainer.{name}", *tools)
 
 
-def trl_loss(batch, entropies=None, **options):
+def trl_loss(batch, entropies=None, function=None, **options):
     """Loss, gradient and logged metrics of GRPOTrainer._compute_loss on a padded batch."""
     settings = {
         "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2,
@@ -59,7 +61,8 @@ def trl_loss(batch, entropies=None, **options):
     }  # fmt: skip
     arguments = {
         "delta": None, "steps_per_generation": 1, "use_bias_correction_kl": False,
-        "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05,
+        "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0,
     }  # fmt: skip
     for name, value in options.items():
         (arguments if name in arguments else settings)[name] = value
@@ -86,6 +89,7 @@ def trl_loss(batch, entropies=None, **options):
             trl("get_high_entropy_mask"), SimpleNamespace(accelerator=accelerator)
         ),
         get_off_policy_mask=trl("get_off_policy_mask"),
+        get_gamma_weights=torch.no_grad()(trl("get_gamma_weights")),
         max_completion_length=32,
         model=SimpleNamespace(training=True),
         use_vllm=batch.rollout_weights is not None,
@@ -106,7 +110,7 @@ def trl_loss(batch, entropies=None, **options):
         inputs["sampling_per_token_logps"] = settings["sampling_log_probs"]
     if batch.rollout_weights is not None:
         inputs["importance_sampling_ratio"] = batch.rollout_weights
-    loss = trl("_compute_loss")(trainer, None, inputs)
+    loss = (function or trl("_compute_loss"))(trainer, None, inputs)
     (grad,) = torch.autograd.grad(loss, log_probs)
     return SimpleNamespace(loss=loss.detach(), grad=grad, metrics=metrics["train"])
 
@@ -116,6 +120,7 @@ GSPO = {"importance_sampling_level": "sequence"}
 KL = {"beta": 0.3}
 CORRECTED = {**KL, "use_bias_correction_kl": True}
 OURS_CORRECTED = {**KL, "bias_corrected_kl": True}
+VESPO = {"surrogate": "vespo", "ratio_level": "sequence_sum"}
 TRL_CASES = {
     "grpo": ("grpo", {}, {}, {}),
     "gspo": ("grpo", GSPO, {"ratio_level": "sequence"}, {}),
@@ -161,6 +166,16 @@ TRL_CASES = {
         {"ref": True},
     ),
     "sapo": ("grpo", {"loss_type": "sapo"}, {"surrogate": "sapo"}, {}),
+    "vespo": ("dapo", {"loss_type": "vespo", **KL}, {**VESPO, **KL}, {"ref": True}),
+    "vespo, settings": (
+        "dapo",
+        {
+            "loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.5, "vespo_k_neg": 2.5,
+            "vespo_lambda_neg": 1.5,
+        },
+        {**VESPO, "surrogate": "vespo(1, 0.5, 2.5, 1.5)"},
+        {},
+    ),
     "sapo, temperatures": (
         "grpo",
         {"loss_type": "sapo", "sapo_temperature_pos": 0.75, "sapo_temperature_neg": 3.0},
@@ -254,6 +269,47 @@ def test_trl_averages_over_empty_rows(impl, make_batch, run_loss):
     got = run_loss(impl, batch, ratio_level="sequence")
     assert got.loss.item() == pytest.approx(expected.loss.item() * 4 / 2, rel=1e-5)
     torch.testing.assert_close(got.grad.double(), expected.grad * 4 / 2, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_trl_vespo_with_the_ratios_of_the_engine(impl, make_batch, run_loss):
+    """They are part of the product and no factor: the old log-probs less their logs."""
+    batch = make_batch(LENGTHS, 32, method="dapo", holes=True, rollout="token")
+    ratios = batch.rollout_weights.masked_fill(~batch.mask.bool(), 1.0)
+    ratios[4, 3] = 0.0  # as token_mask has them: log 1e-8
+    wide = exact(batch.replace(rollout_weights=ratios), "dapo")
+    expected = trl_loss(wide, loss_type="vespo")
+    used = wide if impl == "reference" else batch
+    old = used.old_log_probs - ratios.to(used.log_probs.dtype).log().clamp(min=math.log(1e-8))
+    got = run_loss(impl, used.replace(old_log_probs=old, rollout_weights=None), **VESPO)
+    agree(impl, got, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gmpo(impl, make_batch, run_loss):
+    """TRL's and verl's, with tokens clipped on both sides and a sequence of one token."""
+    batch = make_batch(LENGTHS, 32, method="grpo", holes=True, ref=True)
+    wide = exact(batch, "grpo")
+    bounds = {"epsilon_low": 0.05, "epsilon_high": 0.08}
+    trl_gmpo = lifted(
+        "trl.experimental.gmpo.gmpo_trainer", "GMPOTrainer._compute_loss", ("torch", torch),
+        *((tool, lifted("trl.trainer.utils", tool, ("torch", torch)))
+          for tool in ("nanmin", "nanmax")),
+    )  # fmt: skip
+    expected = trl_loss(wide, function=trl_gmpo, **bounds, **KL)
+    used = wide if impl == "reference" else batch
+    ours = {"ratio_level": "sequence", "surrogate": Gmpo(0.05, 0.08)}
+    got = run_loss(impl, used, **ours, **KL, return_metrics=True)
+    agree(impl, got, expected)
+    metrics = got.metrics.summary()
+    for key, name in (("low", "clip_ratio/low_mean"), ("high", "clip_ratio/high_mean")):
+        found = metrics[f"clip_fraction_{key}"].item()
+        assert found == pytest.approx(expected.metrics[name][0], rel=1e-6) != 0
+    # By token, as verl has advantages; with weights of whole sequences.
+    theirs = verl_loss("geo_mean", wide, clip_ratio_low=0.05, clip_ratio_high=0.08)
+    got = run_loss(impl, used, **ours)
+    error = (got.grad.double() - theirs.grad).abs().amax() / theirs.grad.abs().amax()
+    assert error.item() <= (1e-7 if impl == "reference" else BUDGET)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -382,7 +438,8 @@ def test_off_policy_sequence_mask_of_nothing(make_batch):
 
 
 class ActorConfig(SimpleNamespace):
-    pass
+    def get(self, name, default):
+        return getattr(self, name, default)
 
 
 def verl_loss(name: str, batch, **config):
@@ -394,6 +451,7 @@ def verl_loss(name: str, batch, **config):
         ("torch", torch),
         ("verl_F", Hashable(masked_sum=masked_sum, masked_mean=masked_mean)),
         ("ActorConfig", ActorConfig),
+        ("AlgoConfig", type(None)),
     )
     agg_loss = lifted(algorithms, "agg_loss", *tools)
     function = lifted(algorithms, f"compute_policy_loss_{name}", *tools, ("agg_loss", agg_loss))
@@ -426,6 +484,12 @@ class Hashable(SimpleNamespace):
         ("cispo", {"clip_ratio_low": 0.3, "clip_ratio_high": 0.1},
          {"surrogate": "cispo", "eps_low": 0.3, "eps_high": 0.1}),
         ("sapo", {}, {"surrogate": "sapo"}),
+        ("gpg", {}, {"surrogate": "policy_gradient"}),
+        ("dppo_tv", {"clip_ratio_low": 0.02, "clip_ratio_high": 0.03, "clip_ratio_c": 1.2},
+         {"surrogate": DppoTV(0.02, 0.03, ratio_cap=1.2)}),
+        ("dppo_tv", {}, {"surrogate": "dppo_tv(ratio_cap=20)"}),
+        ("dppo_kl", {"clip_ratio": 0.002}, {"surrogate": DppoKL(0.002, 0.002, ratio_cap=20)}),
+        ("dro", {"policy_loss": SimpleNamespace(dro_beta=0.3)}, {"surrogate": "dro(0.3)"}),
     ],
 )  # fmt: skip
 def test_verl(name, theirs, ours, rollout, impl, make_batch, run_loss):
@@ -440,6 +504,6 @@ def test_verl(name, theirs, ours, rollout, impl, make_batch, run_loss):
     assert error.item() <= (1e-7 if impl == "reference" else BUDGET)
     assert got.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5, abs=1e-6)
     summary = got.metrics.summary()
-    if name == "cispo":  # every clipped ratio, of either sign of A
+    if name == "cispo" or name.startswith("dppo"):  # every clipped one, of either sign of A
         clipped = sum(summary[f"clip_fraction_{where}"] for where in ("low", "high", "dual"))
         assert clipped.item() == pytest.approx(expected.metrics["actor/pg_clipfrac"], rel=1e-5)

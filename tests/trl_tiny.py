@@ -337,6 +337,7 @@ VLLM = dict(rollouts=lambda p, t: fixed_rollouts(p, t, with_logprobs=True), vllm
 SEQUENCE = dict(importance_sampling_level="sequence")
 GRPO, LUSPO = dict(aggregation="grpo"), dict(aggregation="luspo")
 CISPO = dict(aggregation="dapo", surrogate="cispo", epsilon_high=1.02)
+VESPO = dict(aggregation="dapo", surrogate="vespo")
 SAPO = dict(aggregation="grpo", surrogate="sapo")
 ALL = dict(num_iterations=2, learning_rate=0.5, gradient_accumulation_steps=2)
 VARIANTS = {
@@ -390,6 +391,16 @@ VARIANTS = {
     ),
     "sapo, sequence": ("sapo", SAPO, {**ALL, **SEQUENCE, "sapo_temperature_pos": 0.9}, ()),
 }
+VARIANTS |= {
+    "vespo, KL": (
+        "vespo", VESPO, {**ALL, **KL, "vespo_k_neg": 2.5, "use_bias_correction_kl": False},
+        ("kl", "vespo/phi_seq_mean"),
+    ),
+    "vespo, vLLM": (
+        "vespo", VESPO, {**ALL, **VLLM, "vllm_importance_sampling_mode": "token_truncate"},
+        ("vespo/phi_seq_mean",),
+    ),
+}  # fmt: skip
 TIMES = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
 
 

@@ -11,7 +11,7 @@ from ..batch import Batch
 from ..checks import values_are_free
 from ..kl import K3, token_kl_closed_form
 from ..options import TokenLoss, kind_of
-from ..surrogates import Clip
+from ..surrogates import Clip, clipped_tokens
 
 
 def policy_loss_fwd(
@@ -46,8 +46,32 @@ def _mean_log_ratio(batch: Batch, terms: TokenLoss) -> Tensor | None:
     """That of the sequence, at its tokens, where a token has not a ratio of its own."""
     if terms.ratio_level == "token" or batch.old_log_probs is None:
         return None
+    difference = _log_ratio(batch)
+    if terms.token_clip:
+        below, above = clipped_tokens(difference, _advantage(batch), *terms.token_clip)
+        low, high = terms.token_clip
+        difference = difference.masked_fill(below, low).masked_fill(above, high)
+    if terms.ratio_level == "sequence_sum":
+        return batch.per_token(batch.sequence_sums(difference).float()[:, None])
+    return batch.per_token(batch.sequence_means(difference))
+
+
+def _log_ratio(batch: Batch) -> Tensor:
+    """Each token's own; 0 where it does not count."""
+    assert batch.old_log_probs is not None
     difference = batch.log_probs.float() - batch.old_log_probs.float()
-    return batch.per_token(batch.sequence_means(difference.masked_fill_(~batch.counted(), 0.0)))
+    return difference.masked_fill_(~batch.counted(), 0.0)
+
+
+def _advantage(batch: Batch) -> Tensor:
+    return batch.per_token(batch.advantages.float())
+
+
+def _clipped(batch: Batch, terms: TokenLoss) -> tuple[Tensor, Tensor] | None:
+    """The tokens that count in their sequence's mean as a bound."""
+    if not terms.token_clip or batch.old_log_probs is None:
+        return None
+    return clipped_tokens(_log_ratio(batch), _advantage(batch), *terms.token_clip)
 
 
 def _plain_clip(
@@ -149,6 +173,9 @@ def _any_surrogate(
     if terms.ratio_level == "sequence":
         # A mean over the tokens: each of them moves it by 1/L.
         through_ratio = drop(batch.per_token(batch.sequence_means(through_ratio)))
+    clipped = _clipped(batch, terms)
+    if clipped is not None:
+        through_ratio = through_ratio.masked_fill(clipped[0] | clipped[1], 0.0)
     return loss.sum(), through_ratio + past_ratio
 
 
@@ -180,7 +207,8 @@ def _metric_sums(batch: Batch, terms: TokenLoss, mean_log_ratio: Tensor | None) 
     else:
         log_prob = torch.where(counted, batch.log_probs.float(), 0.0)
         below, above, *extras = kind_of(terms).counted(log_prob, ratio, advantage, *terms.settings)
-        below, above = below * ones, above * ones
+        clipped = _clipped(batch, terms)
+        below, above = (flag * ones for flag in clipped or (below, above))
     positive, negative = (advantage > 0).float(), (advantage < 0).float()
 
     return torch.stack(

@@ -90,7 +90,7 @@ def policy_loss_fwd(
         if means is not None or ratio_grads is not None:
             policy_loss_sequence_kernel[(sequences,)](
                 of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
-                tokens, length, through_ratio,
+                tokens, length, through_ratio, MEAN=terms.ratio_level != "sequence_sum",
                 BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](
@@ -120,9 +120,14 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
 
 def device_terms(terms: TokenLoss, reference: bool) -> TokenTerms:
     """``terms`` as kernels take them; without a ``reference`` there is no KL."""
-    surrogate = kind_of(terms).device(), terms.settings
+    of_token = TokenTerms(
+        (kind_of(terms).device(), terms.settings),
+        terms.log_ratio_clamp,
+        terms.token_clip or None,
+        None,
+    )
     if not reference:
-        return TokenTerms(surrogate, terms.log_ratio_clamp, None)
+        return of_token
     kl = KLTerms(
         terms.beta,
         KL_FUNCTIONS[terms.kl.estimator],
@@ -131,7 +136,7 @@ def device_terms(terms: TokenLoss, reference: bool) -> TokenTerms:
         1 if terms.kl.gradient == "unbiased" else None,
         1 if terms.bias_corrected_kl else None,
     )
-    return TokenTerms(surrogate, terms.log_ratio_clamp, kl)
+    return of_token._replace(kl=kl)
 
 
 def reduce_partials(partials: Tensor, loss: Tensor, sums: Tensor) -> None:

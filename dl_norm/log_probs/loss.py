@@ -119,11 +119,16 @@ def policy_loss(
             r = exp(clamp(mean over the sequence's tokens of log_probs - old_log_probs)).
             "sequence" is GSPO: every log-prob changes that mean. "sequence_token" has the same
             value and the gradient of a token through its own log-prob alone; the two differ only
-            where the terms of a sequence's tokens do. A sequence must not be cut.
+            where the terms of a sequence's tokens do. "sequence_sum" has the sum for the mean, and
+            no gradient through it: for surrogates that use the ratio as a constant. A sequence must
+            not be cut.
         surrogate: "clip", the token loss above; "cispo", -sg(clip(r, 1 - eps_low, 1 + eps_high))
             A log_probs, where sg has no gradient and the clip is that of either sign of A (1 -
-            eps_low = 0 leaves no lower bound; eps_high may be negative); or "sapo",
-            -(4 / tau) sigmoid(tau (r - 1)) A without clips.
+            eps_low = 0 leaves no lower bound; eps_high may be negative); "sapo",
+            -(4 / tau) sigmoid(tau (r - 1)) A without clips; or another of the table of
+            :mod:`dl_norm.surrogates` (policy gradient with a truncated weight or none, DPPO, DRO,
+            VESPO, GMPO, ...) by its name, with options as in "dppo_tv(delta_high=0.15)", as a sum,
+            "dppo_tv + drift(tau=0.002)", or as an instance, ``DppoTV(delta_high=0.15)``.
         sapo_temperature_pos, sapo_temperature_neg: tau where A > 0 and elsewhere, for "sapo".
         bias_corrected_kl: multiply the KL term by r before any clip, with the gradient of both.
         entropy_mask: like ``mask``, e of the formula: the policy term of a token is dropped where

@@ -14,11 +14,12 @@ The weights of the sequences are computed once per generation batch, over all it
 processes, right after generation, and travel with the sequences through TRL's shuffling and
 splitting. No micro-batch ever normalises by what it happens to see.
 
-TRL's other token losses are ``surrogate="cispo"`` and ``"sapo"``; its ratios of whole sequences and
-its "luspo" are there too. What TRL does beside the token loss is kept: the KL term (with or without
-its bias correction), asymmetric and two-sided clipping, vLLM's importance sampling correction,
-off-policy sequence masking, the high-entropy token mask, a constant entropy bonus and the
-load-balancing loss of mixtures of experts. What cannot be kept raises ValueError at construction.
+TRL's other token losses are ``surrogate="cispo"``, ``"sapo"`` and ``"vespo"``; its ratios of whole
+sequences and its "luspo" are there too. What TRL does beside the token loss is kept: the KL term
+(with or without its bias correction), asymmetric and two-sided clipping, vLLM's importance sampling
+correction, off-policy sequence masking, the high-entropy token mask, a constant entropy bonus and
+the load-balancing loss of mixtures of experts. What cannot be kept raises ValueError at
+construction.
 """
 
 from __future__ import annotations

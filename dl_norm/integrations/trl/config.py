@@ -10,7 +10,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from dl_norm.aggregations import AGGREGATIONS
 from dl_norm.options import make_token_loss
-from dl_norm.surrogates import SURROGATES
+from dl_norm.surrogates import SURROGATES, Vespo, load
 
 # Options that the loss here cannot follow, and what to do instead. Each must keep TRL's default.
 REFUSED = {
@@ -21,10 +21,6 @@ REFUSED = {
         ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
         "it only steers the adaptive entropy controller, which is not supported; leave it unset",
     ),
-    **dict.fromkeys(
-        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-        "it belongs to the token loss of VESPO; use GRPOTrainer with loss_type='vespo'",
-    ),
 }
 # TRL's loss_type as aggregation and surrogate
 LOSS_TYPES = {
@@ -34,6 +30,7 @@ LOSS_TYPES = {
     "luspo": ("luspo", "clip"),
     "cispo": ("dapo", "cispo"),
     "sapo": ("grpo", "sapo"),
+    "vespo": ("dapo", "vespo"),
 }
 OTHER_LOSS_TYPES = {
     "delta_l": (
@@ -44,16 +41,15 @@ OTHER_LOSS_TYPES = {
         "aggregation='dapo', which divides by the tokens of the whole generation batch, with "
         "loss_type unset; or trl's GRPOTrainer"
     ),
-    "vespo": (
-        "its token loss is not here: use surrogate='clip', 'cispo' or 'sapo' with loss_type unset, "
-        "or trl's GRPOTrainer with GRPOConfig(loss_type='vespo')"
-    ),
 }
-# Options of other surrogates
+_SAPO = "sapo_temperature_pos", "sapo_temperature_neg"
+_VESPO = "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"
+# The surrogates that have options of TRL's, and those that belong to others
 WITHOUT_EFFECT = {
-    "clip": ("sapo_temperature_pos", "sapo_temperature_neg"),
-    "cispo": ("epsilon", "delta", "sapo_temperature_pos", "sapo_temperature_neg"),
-    "sapo": ("epsilon", "epsilon_high", "delta"),
+    "clip": (*_SAPO, *_VESPO),
+    "cispo": ("epsilon", "delta", *_SAPO, *_VESPO),
+    "sapo": ("epsilon", "epsilon_high", "delta", *_VESPO),
+    "vespo": ("epsilon", "epsilon_high", "delta", *_SAPO),
 }
 OF_SURROGATES = tuple(
     dict.fromkeys(sum(WITHOUT_EFFECT.values(), ()))
@@ -74,12 +70,16 @@ class DeltaLGRPOConfig(GRPOConfig):
             the paper uses 1 and 0.75.
         drop_zero_advantage_groups: leave prompts whose completions all have advantage 0 out of the
             loss, its KL term and every count that its weights divide by.
-        surrogate: the token loss, "clip" (default), "cispo" or "sapo", or the import path of one of
-            your own, "my_package.losses:my_loss" (see ``dl_norm.surrogate``). TRL's
-            ``loss_type="cispo"`` is aggregation "dapo" with "cispo", ``loss_type="sapo"`` is "grpo"
-            with "sapo". For "cispo", ``epsilon_high`` is the upper bound of the ratio itself, as in
-            TRL, and has to be set.
-        importance_sampling_level: "token", or "sequence" for GSPO, as in TRL.
+        surrogate: the token loss, "clip" (default), "cispo", "sapo" or "vespo", which have TRL's
+            options; another of the table of ``dl_norm.surrogates``, with its own options, such as
+            "dppo_tv(delta_high=0.15) + drift(tau=0.002)"; or the import path of one of your own,
+            "my_package.losses:my_loss" (see ``dl_norm.surrogate``). TRL's ``loss_type="cispo"`` is
+            aggregation "dapo" with "cispo", "sapo" is "grpo" with "sapo", "vespo" is "dapo" with
+            "vespo", its GMPOTrainer "grpo" with "gmpo(eps_low, eps_high)" and
+            ``importance_sampling_level="sequence"``. For "cispo", ``epsilon_high`` is the upper
+            bound of the ratio itself, as in TRL, and has to be set.
+        importance_sampling_level: "token", or "sequence" for GSPO, as in TRL; "token" for "vespo",
+            which takes the product of a sequence's ratios.
         fused_lm_head: compute the loss and its gradient from the last hidden states, a chunk of
             tokens at a time, so that there are never full logits (``dl_norm.linear_policy_loss``).
         fused_lm_head_chunk_size: tokens in a chunk; None: 4096 on a GPU, 192 on a CPU.
@@ -128,8 +128,8 @@ class DeltaLGRPOConfig(GRPOConfig):
 DEFAULTS = {f.name: f.default for f in fields(DeltaLGRPOConfig)}
 # TRL's numbers in the loss
 NUMBERS = (
-    "beta", "epsilon", "epsilon_high", "delta", "sapo_temperature_pos", "sapo_temperature_neg",
-    "entropy_coef", "off_policy_mask_threshold", "top_entropy_quantile",
+    "beta", "epsilon", "epsilon_high", "delta", *_SAPO, *_VESPO, "entropy_coef",
+    "off_policy_mask_threshold", "top_entropy_quantile",
 )  # fmt: skip
 
 
@@ -137,6 +137,13 @@ def policy_loss_options(args: DeltaLGRPOConfig) -> dict[str, Any]:
     """The options of ``dl_norm.policy_loss`` that TRL's come down to."""
     eps_low = args.epsilon
     eps_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.surrogate == "vespo":
+        return {
+            "surrogate": Vespo(*(float(getattr(args, name)) for name in _VESPO)),
+            "ratio_level": "sequence_sum",
+            "beta": args.beta,
+            "bias_corrected_kl": args.beta != 0.0 and args.use_bias_correction_kl,
+        }
     if args.surrogate == "cispo":  # TRL's bound is that of the ratio, with none below
         eps_low, eps_high = 1.0, eps_high - 1.0
     return {
@@ -153,16 +160,15 @@ def policy_loss_options(args: DeltaLGRPOConfig) -> dict[str, Any]:
 
 
 def is_own(surrogate: str) -> bool:
-    """Whether it is the import path of a token loss of the user's own."""
-    return ":" in surrogate
+    """Whether TRL has neither options nor metrics for it."""
+    return surrogate not in WITHOUT_EFFECT
 
 
 def check_options(args: DeltaLGRPOConfig) -> None:
     """Raises TypeError or ValueError for what the loss cannot follow."""
     _check_types(args)
     _check_choice("aggregation", args.aggregation, AGGREGATIONS)
-    if not is_own(args.surrogate):
-        _check_choice("surrogate", args.surrogate, SURROGATES)
+    load(args.surrogate)
     _check_loss_type(args)
     _check_aggregation(args)
     _check_token_loss(args)
@@ -276,6 +282,8 @@ def _check_token_loss(args: DeltaLGRPOConfig) -> None:
             "surrogate='cispo' needs epsilon_high, the upper bound of the ratio itself, such "
             "as 5.0: with None TRL would take epsilon"
         )
+    if args.surrogate == "vespo":
+        _check_vespo(args)
     for name in WITHOUT_EFFECT.get(args.surrogate, OF_SURROGATES):
         value = getattr(args, name)
         if value != DEFAULTS[name]:
@@ -286,9 +294,25 @@ def _check_token_loss(args: DeltaLGRPOConfig) -> None:
         make_token_loss(**policy_loss_options(args))
     except ValueError as error:
         raise ValueError(
-            "epsilon, epsilon_high (eps_low and eps_high below), delta, beta or an option of the "
-            f"surrogate is out of range: {error}"
+            "epsilon, epsilon_high (eps_low and eps_high below), delta, beta, "
+            "importance_sampling_level (ratio_level below) or an option of the surrogate is out of "
+            f"range: {error}"
         ) from error
+
+
+def _check_vespo(args: DeltaLGRPOConfig) -> None:
+    if args.importance_sampling_level != "token":
+        raise ValueError(
+            f"importance_sampling_level={args.importance_sampling_level!r} has no effect with "
+            "surrogate='vespo', which takes the product of the ratios of a sequence: leave it unset"
+        )
+    mode = args.vllm_importance_sampling_mode
+    corrected = args.use_vllm and args.vllm_importance_sampling_correction
+    if corrected and mode not in ("token_truncate", "token_mask"):
+        raise ValueError(
+            f"surrogate='vespo' multiplies the ratios of the tokens, those of vLLM among them: set "
+            f"vllm_importance_sampling_mode to 'token_truncate' or 'token_mask'; it is {mode!r}"
+        )
 
 
 def _check_fused_head(args: DeltaLGRPOConfig) -> None:

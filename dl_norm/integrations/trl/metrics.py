@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from dl_norm import PolicyLossMetrics
+from dl_norm.surrogates import Vespo
 
-from .config import is_own
+from .config import is_own, policy_loss_options
 
 # (how values of micro-batches and processes become one, name) -> 0-dim tensor. "token_mean" and
 # "row_mean" are sums to be divided by the number of tokens or sequences.
 Record = dict[tuple[str, str], Tensor]
+_PHI = "row_mean", "vespo/phi_seq_mean"
 # The minimum and the maximum over nothing
 LIMITS = math.inf, -math.inf
 
@@ -34,7 +36,13 @@ def loss_record(
     record: Record = {("size", "tokens"): metrics.tokens}
     if args.beta != 0.0:
         record["token_mean", "kl"] = metrics.kl_ref
+    if args.surrogate == "vespo":
+        phi = _vespo_phi(log_probs, inputs, mask, args)
+        return record | {("size", "rows"): mask.new_tensor(len(mask)), _PHI: phi.sum()}
     if is_own(args.surrogate):
+        if ":" not in args.surrogate:  # what the loss has dropped or clipped
+            clipped = metrics.clipped_low + metrics.clipped_high + metrics.clipped_dual
+            record["token_mean", "clip_ratio/region_mean"] = clipped
         return record | {("token_mean", name): value for name, value in metrics.extras.items()}
     if args.surrogate == "sapo":
         return record
@@ -61,6 +69,26 @@ def loss_record(
         for clipped in _clipped(log_ratio.exp(), advantages, args)
     )
     return record | _extremes_of(*shares)
+
+
+def vespo_old_log_probs(log_probs: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The old policy's log-probs less the logs of vLLM's ratios, which TRL's product contains."""
+    old_log_probs = inputs.get("old_per_token_logps")
+    old_log_probs = log_probs if old_log_probs is None else old_log_probs
+    if "importance_sampling_ratio" not in inputs:
+        return old_log_probs
+    return old_log_probs - inputs["importance_sampling_ratio"].log().clamp(math.log(1e-8), 20.0)
+
+
+def _vespo_phi(log_probs: Tensor, inputs: dict[str, Any], mask: Tensor, args: Any) -> Tensor:
+    """VESPO's factor of each sequence, of each token if advantages are (B, T)."""
+    log_ratio = log_probs - vespo_old_log_probs(log_probs, inputs)
+    total = log_ratio.masked_fill(mask == 0, 0.0).sum(1, keepdim=True).clamp(max=20.0)
+    advantages = inputs["advantages"]
+    advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+    settings = policy_loss_options(args)["surrogate"].settings()
+    phi = Vespo.gamma(total.exp().expand_as(advantages), advantages, *settings)
+    return phi
 
 
 def _bounds(args: Any) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from dl_norm.aggregations import AGGREGATIONS, Method
 
 from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
 from .fused_head import add_loss_head, loss_of_gradient
-from .metrics import MetricRecords, loss_record
+from .metrics import MetricRecords, loss_record, vespo_old_log_probs
 
 logger = get_logger(__name__)
 
@@ -225,9 +225,14 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         self, log_probs, entropies, inputs, mask, weights
     ) -> tuple[Tensor, dl_norm.PolicyLossMetrics]:
         """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy; its metrics."""
+        arguments = self._loss_arguments(inputs, mask, weights)
+        if self.args.surrogate == "vespo" and arguments["rollout_weights"] is not None:
+            # Of the product, and no factor beside it.
+            old_log_probs = vespo_old_log_probs(log_probs.detach(), inputs)
+            arguments |= {"old_log_probs": old_log_probs, "rollout_weights": None}
         return dl_norm.policy_loss(
             log_probs,
-            **self._loss_arguments(inputs, mask, weights),
+            **arguments,
             **self._drop_masks(log_probs.detach(), entropies, inputs, mask),
             return_metrics=True,
         )
@@ -335,6 +340,7 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             self.off_policy_mask_threshold is not None
             or self.top_entropy_quantile < 1.0
             or self.args.importance_sampling_level == "sequence"
+            or self.args.surrogate == "vespo"
         )
 
     def _run_model(self, model, input_ids, attention_mask, **options) -> Any:
