@@ -23,7 +23,7 @@ if [ "${1:-}" = --fast ]; then
         --deselect "tests/test_logits.py::test_loss_and_gradient_against_float64[1-shape0-torch.bfloat16-triton]" \
         tests/test_ptx.py tests/test_traffic.py tests/test_properties.py \
         tests/test_policy_loss.py tests/test_variants.py tests/test_logits.py \
-        tests/test_row_variants.py \
+        tests/test_row_variants.py tests/test_kept.py \
         -k "test_ptx or test_traffic or (triton and not in_combination and not compiles and not never_above)"
 fi
 export DL_NORM_TEST_TARGET="${1:-sm_90}"
