@@ -43,6 +43,7 @@ from bench import contest, predict, record
 from bench.cases import Case
 from bench.contest import OURS, AnyCase, AnyInputs, NotHere
 from bench.heads import HeadCase
+from bench.kept import KeptCase
 from bench.predict import Work
 from bench.suites import SUITES
 
@@ -75,9 +76,11 @@ class Entry:
 
     @property
     def units(self) -> int:
-        """Positions of log-probs, or logits; padding included."""
+        """Positions of log-probs, or logits; padding included. Of kept sets tokens."""
         if isinstance(self.case, Case):
             return self.case.positions
+        if isinstance(self.case, KeptCase):
+            return self.case.tokens
         assert isinstance(self.case, HeadCase)
         return self.case.sequences * self.case.max_length * self.case.vocabulary
 
@@ -88,6 +91,7 @@ class Entry:
         return self.case.bytes_moved()
 
 
+UNITS = {"log_probs": "position", "kept": "token"}  # others: "logit"
 LOSSES = (OURS, METRICS, "TRL", "verl")
 LOGITS = (OURS, "dl_norm copy", "plain", "TRL", "Liger")
 ROWS = 24  # of logits: what a launch costs besides them does not show
@@ -187,8 +191,8 @@ def count(entry: Entry, name: str, inputs: AnyInputs) -> Row:
     suite = SUITES[entry.suite]
     (contestant,) = (c for c in suite.contestants if c.name == name)
     row = Row(
-        entry.name, entry.suite, name, "position" if entry.suite == "log_probs" else "logit",
-        entry.units, entry.floor(), {case: _scales(entry, case) for case in entry.stands_for},
+        entry.name, entry.suite, name, UNITS.get(entry.suite, "logit"), entry.units,
+        entry.floor(), {case: _scales(entry, case) for case in entry.stands_for},
     )  # fmt: skip
     operations = Operations()
     try:

@@ -103,7 +103,7 @@ def kept_log_probs_kernel(
             totals += exps
             owns += tl.where(hit, exponents, 0.0)
             if ENTROPY is not None:
-                dots += exps * tl.maximum(exponents, LOWEST)  # not 0 * -inf
+                dots += exps * tl.maximum(exponents, -128.0)  # where exp is 0, not 0 * -inf
         total = tl.sum(totals, axis=0)
         log_total = tl.log(total)
         log_prob = tl.sum(owns, axis=0) - log_total
