@@ -6,6 +6,7 @@ come, a user's own options, signatures, the table of versions.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import os
@@ -61,6 +62,14 @@ def rollout() -> Rollout:
 ALL = RUNS | FIXED | WEIGHTED
 
 
+@dataclasses.dataclass(frozen=True)
+class Offset(dl_norm.Surrogate):
+    """A user's, with a part that has no advantage."""
+
+    def formula(self, log_prob, ratio, advantage):
+        return -advantage * ratio + 0.1 * ratio
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("trainer", ALL)
 def test_hand_over(
@@ -85,7 +94,7 @@ def test_hand_over_to_the_kernel(
     "options",
     [
         {"surrogate": "sapo", "sapo_temperature_neg": 1.3},
-        {"surrogate": "dppo_tv(0.05, 0.05, ratio_cap=20) + drift(tau=0.2)"},
+        {"surrogate": "dppo_tv(0.05, 0.05, ratio_cap=20) + cispo"},
     ],
 )
 @pytest.mark.parametrize("trainer", RUNS)
@@ -94,6 +103,20 @@ def test_own_options(
 ) -> None:
     """A user's own surrogate, with its settings and without the trainer's, reaches the loss."""
     rollout.check(RUNS[trainer](rollout, monkeypatch, **options), **options)
+
+
+@pytest.mark.parametrize("surrogate", ["dppo_tv + drift(tau=0.2)", "nll", Offset()])
+@pytest.mark.parametrize("trainer", RUNS)
+def test_a_term_without_the_advantage(
+    rollout: Rollout, trainer: str, surrogate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go unweighted where the weights are on the advantages: refused there, right in the
+    adapters that have them in the loss."""
+    if trainer.startswith(("areal", "roll")):
+        rollout.check(RUNS[trainer](rollout, monkeypatch, surrogate=surrogate), surrogate=surrogate)
+        return
+    with pytest.raises(ValueError, match="is not twice as large at twice the advantage"):
+        RUNS[trainer](rollout, monkeypatch, surrogate=surrogate)
 
 
 @pytest.mark.parametrize("trainer", RUNS)

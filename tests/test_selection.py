@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -232,6 +233,30 @@ def test_packed_and_unscored():
     kept = dl_norm.clip_cov_mask(spoilt, old, advantages, mask, fraction=1.0)
     flat = dl_norm.clip_cov_mask(log_probs[mask], old[mask], advantages, fraction=1.0, **packed)
     assert torch.equal(flat, kept[mask]) and not flat.all()
+
+
+class NoValue(TorchDispatchMode):
+    """Raises where a value goes to the host, or a shape depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+            torch.ops.aten.masked_select, torch.ops.aten.repeat_interleave,
+        ), func  # fmt: skip
+        assert func is not torch.ops.aten.index.Tensor or args[1][0].dtype != torch.bool
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_sync(as_on_a_gpu):
+    batch = make_batch()
+    packed = torch.arange(7) * 60
+    flat = [tensor.flatten() for tensor in batch]
+    with NoValue():
+        for case in CASES.values():
+            case(*batch, None)
+        dl_norm.clip_cov_mask(*flat, cu_seqlens=packed)
+    with pytest.raises(AssertionError), NoValue():
+        batch[0].sum().item()
 
 
 def test_refused():

@@ -236,12 +236,15 @@ def test_the_clip_as_a_formula_is_the_clip(layout, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["drift", "cubed", "soft_clip", "ipo + drift", "dro", "dppo_kl"])
+@pytest.mark.parametrize(
+    "name", ["drift", "cubed", "soft_clip", "ipo + drift", "dro", "dppo_kl", "gmpo", "vespo"]
+)
 def test_torch_compile(name, impl):
     tensors = case("padded")
 
     def step(log_probs):
-        given = {**tensors, "log_probs": log_probs}
+        level = {"gmpo": "sequence", "vespo": "sequence_sum"}.get(name, "token")
+        given = {**tensors, "log_probs": log_probs, "ratio_level": level}
         return dl_norm.policy_loss(**given, surrogate=CASES.get(name, name), impl=impl)
 
     torch._dynamo.reset()

@@ -44,8 +44,9 @@ VARIANTS = {
     "sequence_token, clamp": {"ratio_level": "sequence_token", "log_ratio_clamp": 0.04},
 }  # fmt: skip
 
-# Of test_surrogates.py, here for what holds of whole sequences
-WITH_PRE_PASS = {
+# Of test_surrogates.py, here for what holds of every loss
+OTHERS = {
+    "dppo_kl + drift + nll": {"surrogate": "dppo_kl + drift + nll"},
     "vespo": {"surrogate": "vespo", "ratio_level": "sequence_sum"},
     "gmpo": {"surrogate": "gmpo(0.2, 0.3)", "ratio_level": "sequence"},
 }
@@ -184,8 +185,8 @@ def test_metrics(variant, impl, make_batch, run_loss):
 def test_masked_positions_may_hold_anything(poison, impl, make_batch, run_loss, poison_empty):
     """The bits of zeros there, also in the mean over a sequence and without the clamp."""
     fields = ("log_probs", "old_log_probs", "ref_log_probs", "advantages", "rollout_weights")
-    for variant in ("sequence, corrected KL", "cispo", "sapo", "sequence_token", *WITH_PRE_PASS):
-        given = {**{**VARIANTS, **WITH_PRE_PASS}[variant], "log_ratio_clamp": None, "beta": 0.1}
+    for variant in ("sequence, corrected KL", "cispo", "sapo", "sequence_token", *OTHERS):
+        given = {**{**VARIANTS, **OTHERS}[variant], "log_ratio_clamp": None, "beta": 0.1}
         batch = make_batch(
             [9, 0, 4, 6], 9, holes=True, ref=True, advantages="token", rollout="token"
         )
@@ -207,13 +208,14 @@ def test_masked_positions_may_hold_anything(poison, impl, make_batch, run_loss, 
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("variant", ["sequence", "sapo", "cispo", "corrected KL"])
+@pytest.mark.parametrize("variant", ["sequence", "sapo", "cispo", "corrected KL", *OTHERS])
 def test_a_nan_that_counts_is_not_hidden(variant, impl, make_batch, run_loss):
     for name in ("log_probs", "old_log_probs", "advantages", "weights"):
         batch = make_batch([6, 4], 9, ref=True)
         tensor = getattr(batch, name).clone()
         tensor[(0,) * tensor.ndim] = math.nan
-        got = run_loss(impl, batch.replace(**{name: tensor}), **VARIANTS[variant])
+        options = {**VARIANTS, **OTHERS}[variant]
+        got = run_loss(impl, batch.replace(**{name: tensor}), **options)
         assert got.loss.isnan().item(), name
 
 
@@ -261,7 +263,7 @@ def test_policy_masks_keep_where_they_are_not_zero(mask_dtype, impl, make_batch,
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize(
     "variant",
-    ["sequence", "sequence, corrected KL", "sequence_token", "cispo", "sapo", *WITH_PRE_PASS],
+    ["sequence", "sequence, corrected KL", "sequence_token", "cispo", "sapo", *OTHERS],
 )
 def test_slices_add_up(variant, impl, make_batch, run_loss):
     """Losses to rounding, gradients to the bit: a sequence's mean does not depend on what else is
@@ -270,7 +272,7 @@ def test_slices_add_up(variant, impl, make_batch, run_loss):
         [900, 0, 1300, 17, 64], 1301, holes=True, ref=True, advantages="token", rollout="token"
     )
     masks = policy_masks(batch)
-    given = {**VARIANTS, **WITH_PRE_PASS}[variant]
+    given = {**VARIANTS, **OTHERS}[variant]
     whole = run_loss(impl, batch, **given, **masks)
     parts = [
         run_loss(

@@ -9,7 +9,8 @@ the advantages:
     in the loss                     sum over the micro-batch of (1/c) sum_t l_it(f_i A_i)
 
 with D what the trainer divides by in the end and c what the loss itself divides by, so that the
-step's gradient is sum_i x_i grad sum_t l_it. KL and entropy terms are not reweighted.
+step's gradient is sum_i x_i grad sum_t l_it. KL and entropy terms are not reweighted. A token loss
+that is not homogeneous in A, such as one with a term that does not read it, is refused there.
 
 **A user's own options** (``surrogate``, ``delta``, ``ratio_level``, ...) go through one function,
 :func:`adapter_loss`, and are checked by :func:`dl_norm.policy_loss` itself. An adapter only says
@@ -18,6 +19,7 @@ what its trainer's clip settings are; an option that the loss learns needs no ch
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -25,7 +27,9 @@ import torch
 from torch import Tensor
 
 import dl_norm
+from dl_norm.call import token_options
 from dl_norm.metrics import PolicyLossMetrics
+from dl_norm.options import TokenLoss, token_loss_of
 from dl_norm.weights.group_sums import Group, sum_over
 
 
@@ -90,6 +94,9 @@ def adapter_loss(
     sequences = log_probs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if clip and options.get("surrogate", "clip") == "clip":
         options = {**clip, **options}
+    on_advantages = not (isinstance(weights, Tensor) and weights.ndim)
+    if on_advantages and not torch.compiler.is_compiling():  # who compiles it checks before
+        check_scales_with_advantages(options)
     outputs: Any = dl_norm.policy_loss(
         log_probs,
         old_log_probs,
@@ -108,6 +115,33 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
     token, settings = torch.ones(1, 1), {**options, "impl": "torch"}
     dl_norm.policy_loss(token, token, token, token.bool(), token[0], **settings)
     return options
+
+
+def check_scales_with_advantages(options: dict[str, Any]) -> None:
+    """Raises unless weights on the advantages weight the whole loss of a token."""
+    given = {name: value for name, value in token_options(options).items() if name != "impl"}
+    if not _doubles(token_loss_of(given)):
+        raise ValueError(
+            f"surrogate={options['surrogate']!r} is not twice as large at twice the advantage, but "
+            "this trainer has the weights of the sequences on the advantages: what does not scale "
+            "with them would not be weighted. Take a loss without that term, or an adapter that "
+            "has the weights in the loss (TRL, AReaL, ROLL)"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _doubles(terms: TokenLoss) -> bool:
+    random = torch.Generator("cpu").manual_seed(0)
+    log_prob, ratio, advantage = torch.randn(3, 256, generator=random, dtype=torch.float64)
+    log_prob, ratio = -log_prob.abs(), ratio.exp()
+    once, twice = (
+        terms.kind.closed_form(log_prob, ratio, a, *terms.settings)[:3]
+        for a in (advantage, 2 * advantage)
+    )
+    zeros = torch.zeros_like(ratio)
+    return all(
+        torch.allclose(2 * one + zeros, two + zeros) for one, two in zip(once, twice, strict=True)
+    )
 
 
 def offsets(lengths: list[int] | Tensor, device: torch.device) -> Tensor:

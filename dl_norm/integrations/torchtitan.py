@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared import adapter_loss, checked, clip_fraction, token_mean_factors
+from .shared import (
+    adapter_loss,
+    check_scales_with_advantages,
+    checked,
+    clip_fraction,
+    token_mean_factors,
+)
 
 try:
     from torchtitan.components.loss import BaseLoss, compute_logprobs
@@ -80,6 +86,7 @@ class DeltaLLoss(BaseLoss):
 
     def __init__(self, config: Config, *, compile_config: Any = None):
         self.options = checked({"log_ratio_clamp": _LOG_RATIO_CLAMP, **config.options})
+        check_scales_with_advantages(self.options)
         if self.options.get("ratio_level", "token") != "token":
             raise ValueError("torchtitan's loss sees no sequences: ratio_level must be 'token'")
 
