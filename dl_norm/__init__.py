@@ -21,6 +21,7 @@ if TYPE_CHECKING or not _is_command:
     from .log_probs.modules import DeltaLLoss
     from .log_probs.off_policy import off_policy_sequence_mask
     from .metrics import PolicyLossMetrics
+    from .rollout import Reject, RolloutCorrection, rollout_mean_weight
     from .rows.inputs import PolicyLossOutputs
     from .rows.linear import linear_policy_loss
     from .rows.logits import logits_policy_loss
@@ -40,6 +41,8 @@ __all__ = [
     "DeltaLLoss",
     "PolicyLossMetrics",
     "PolicyLossOutputs",
+    "Reject",
+    "RolloutCorrection",
     "Surrogate",
     "__version__",
     "context_parallel_lengths",
@@ -52,6 +55,7 @@ __all__ = [
     "reference",
     "reference_length",
     "reweight_advantages",
+    "rollout_mean_weight",
     "sequence_lengths",
     "sequence_weights",
     "surrogate",

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 from torch import Tensor
 
 from .kl import KL
+from .rollout import RolloutCorrection
 from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
@@ -33,6 +34,7 @@ class TokenLossOptions(TypedDict, total=False):
     sapo_temperature_pos: float
     sapo_temperature_neg: float
     bias_corrected_kl: bool
+    rollout_correction: RolloutCorrection | None
 
 
 class TensorOptions(TypedDict, total=False):
@@ -43,6 +45,8 @@ class TensorOptions(TypedDict, total=False):
     rollout_weights: Tensor | None
     entropy_mask: Tensor | None
     sequence_mask: Tensor | None
+    rollout_log_probs: Tensor | None
+    rollout_mean_weight: Tensor | None
 
 
 class LossOptions(TokenLossOptions, TensorOptions, total=False):

@@ -33,6 +33,7 @@ class TokenTerms(NamedTuple):
     surrogate: Any  # (token loss, its settings)
     log_ratio_clamp: Any
     kl: Any  # KLTerms; None: no reference
+    rollout: Any = None  # RolloutTerms of rollout.py; None: no rollout log-probs
 
 
 @triton.jit
