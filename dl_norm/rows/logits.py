@@ -108,7 +108,7 @@ def logits_policy_loss(
     check_logits("logits", logits, "V")
     check_flag(in_place, "in_place")
     wanted = Wanted(entropy, return_log_probs, return_metrics)
-    settings, rows = make_row_call(
+    settings, rows, rollout_sums = make_row_call(
         "logits_policy_loss", logits, token_ids,
         dict(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
@@ -124,7 +124,7 @@ def logits_policy_loss(
     results = LogitsPolicyLossFunction.apply(
         logits, rows, settings, implementation_for(impl, logits), in_place, write_grad
     )
-    return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)
+    return wanted.outputs(results, token_ids.shape, weights, settings, rollout_sums)
 
 
 def _check_in_place(logits: Tensor) -> None:
