@@ -207,10 +207,11 @@ def _tile_loss(
         if tokens.rollout_log_probs is not None:
             vetoed = correction < 0.0
             if ROLLOUTS is not None:
-                code = _of_sequence(ROLLOUTS + G, seq, later, lane).to(tl.int32)
-                truncated = truncated | ((code & 1) != 0)
-                masked = masked | ((code & 2) != 0)
-                vetoed = (code & 4) != 0
+                code = _of_sequence(ROLLOUTS + G, seq, later, lane)
+                vetoed = code >= 4.0
+                code = tl.where(vetoed, code - 4.0, code)
+                masked = masked | (code >= 2.0)
+                truncated = truncated | (code == 1.0) | (code == 3.0)
             values = rollout_metrics(
                 counted, correction, truncated, masked, vetoed, unscored, log_weight
             )
