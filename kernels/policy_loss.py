@@ -160,6 +160,8 @@ def _tile_loss(
     """Writes the gradient of a tile and its column of PARTIALS."""
     WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS, ROLLOUTS, G = of_sequences
     counted, log_prob, old_log_prob, ref_log_prob, advantage, policy_weight, rollout = loaded
+    PARTIAL = PARTIALS + tl.program_id(0)
+    programs = tl.num_programs(0).to(tl.int64)
     weight = _of_sequence(WEIGHTS, seq, later, lane)
     if tokens.advantages is None:
         advantage = _of_sequence(ADVANTAGES, seq, later, lane)
@@ -174,6 +176,20 @@ def _tile_loss(
         if ROLLOUTS is not None:
             correction *= _of_sequence(ROLLOUTS, seq, later, lane)
         policy_weight = _product(policy_weight, correction)
+        if METRICS:  # now, as what is kept until the end takes registers
+            vetoed = correction < 0.0
+            if ROLLOUTS is not None:
+                code = _of_sequence(ROLLOUTS + G, seq, later, lane)
+                vetoed = code >= 4.0
+                code = tl.where(vetoed, code - 4.0, code)
+                masked = masked | (code >= 2.0)
+                truncated = truncated | (code == 1.0) | (code == 3.0)
+            corrections = rollout_metrics(
+                counted, correction, truncated, masked, vetoed, unscored, log_weight
+            )
+            FIRST = PARTIAL + (1 + NUM_METRICS + NUM_EXTRAS) * programs
+            _store_sums(FIRST, programs, corrections)
+            tl.store(FIRST + (NUM_ROLLOUT_METRICS - 1) * programs, _max(corrections[8]))
 
     if LOG_RATIO_MEANS is not None:
         log_ratio_mean = _of_sequence(LOG_RATIO_MEANS, seq, later, lane)
@@ -194,8 +210,6 @@ def _tile_loss(
         # x - (-0) is x for the compiler, x + 0 is not.
         grad = tl.where(counted, weight * (through_ratio - (-past_ratio)), 0.0)
         _store_tile(GRAD, start, lane, remaining, grad)
-    PARTIAL = PARTIALS + tl.program_id(0)
-    programs = tl.num_programs(0).to(tl.int64)
     tl.store(PARTIAL, tl.where(spans, tl.sum(tl.sum(loss, axis=0), axis=0), float("nan")))
     if METRICS:
         values = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)
@@ -204,20 +218,6 @@ def _tile_loss(
         for k in tl.static_range(NUM_EXTRAS):
             extra = tl.sum(tl.where(counted, extras[k], 0.0))
             tl.store(PARTIAL + (1 + NUM_METRICS + k) * programs, extra)
-        if tokens.rollout_log_probs is not None:
-            vetoed = correction < 0.0
-            if ROLLOUTS is not None:
-                code = _of_sequence(ROLLOUTS + G, seq, later, lane)
-                vetoed = code >= 4.0
-                code = tl.where(vetoed, code - 4.0, code)
-                masked = masked | (code >= 2.0)
-                truncated = truncated | (code == 1.0) | (code == 3.0)
-            values = rollout_metrics(
-                counted, correction, truncated, masked, vetoed, unscored, log_weight
-            )
-            PARTIAL += (1 + NUM_METRICS + NUM_EXTRAS) * programs
-            _store_sums(PARTIAL, programs, values)
-            tl.store(PARTIAL + (NUM_ROLLOUT_METRICS - 1) * programs, _max(values[8]))
 
 
 @triton.jit
