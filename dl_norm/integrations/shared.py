@@ -103,9 +103,14 @@ def adapter_loss(
     return outputs
 
 
-def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """``options``, if the loss of one token takes them: bad ones raise at construction."""
+def checked(options: dict[str, Any], *, rollout: bool = False) -> dict[str, Any]:
+    """``options``, if the loss of one token takes them: bad ones raise at construction.
+
+    ``rollout``: the trainer hands over the log-probs that a ``rollout_correction`` needs.
+    """
     token, settings = torch.ones(1, 1), {**options, "impl": "torch"}
+    if rollout and options.get("rollout_correction") is not None:
+        settings["rollout_log_probs"] = token
     dl_norm.policy_loss(token, token, token, token.bool(), token[0], **settings)
     return options
 
