@@ -158,7 +158,8 @@ def policy_loss(
     Source: PPO clip arXiv:1707.06347, asymmetric clip arXiv:2503.14476, dual clip
     arXiv:1912.09729, k3 http://joschu.net/blog/kl-approx.html, weights arXiv:2509.07558, GSPO
     arXiv:2507.18071, CISPO arXiv:2506.13585, SAPO arXiv:2511.20347, entropy mask arXiv:2506.01939,
-    KL correction and sequence mask arXiv:2512.02556.
+    KL correction and sequence mask arXiv:2512.02556, rollout correction
+    :class:`RolloutCorrection`.
     """
     check_flag(return_metrics, "return_metrics")
     batch, terms = make_call(
