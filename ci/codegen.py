@@ -45,10 +45,12 @@ import dl_norm
 from dl_norm.batch import Batch
 from dl_norm.kernels.logits_policy_loss import RowTokens
 from dl_norm.kernels.policy_loss import TokenStreams
+from dl_norm.kernels.rollout import RolloutTerms
 from dl_norm.kernels.surrogates import KLTerms, TokenTerms
 from dl_norm.kl import K3, KL
 from dl_norm.log_probs import launch
 from dl_norm.options import TokenLoss, make_token_loss
+from dl_norm.rollout import NO_ROLLOUT, Reject, RolloutCorrection
 from dl_norm.surrogates import Surrogate
 
 TARGETS = {
@@ -61,7 +63,9 @@ FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "polic
 SEQUENCE = "policy_loss_sequence_kernel"
 ROWS = "logits_policy_loss_kernel"
 # Of the tuples among their arguments.
-FIELDS = {"terms": TokenTerms._fields, "terms.kl": KLTerms._fields}
+FIELDS = {
+    "terms": TokenTerms._fields, "terms.kl": KLTerms._fields, "terms.rollout": RolloutTerms._fields,
+}  # fmt: skip
 TOKENS = {ROWS: RowTokens._fields}
 
 
@@ -105,11 +109,21 @@ class Case:
     surrogate: str = "clip"
     corrected: bool = False  # the bias-corrected KL
     kl: KL = K3
+    rollout: str | None = None  # of ROLLOUTS
     grad: bool = True
     metrics: bool = False
     out: str | None = None  # dtype that the backward kernel writes
 
 
+ROLLOUTS = {
+    "token": RolloutCorrection(high=2.0),
+    "sequence": RolloutCorrection("sequence", high=2.0),
+    "geometric": RolloutCorrection("geometric", "mask", 0.9, 1.1, unscored=-1.0),
+    "everything": RolloutCorrection(
+        mode="mask", high=2.0, reject=(Reject("k3", high=1.0), Reject("k3", "mean", high=1.0)),
+        veto=0.01, unscored=-1.0,
+    ),
+}  # fmt: skip
 # Everything that may be absent on the plain padded case alone, every dtype of a mask, the two
 # layouts and the three dtypes with each other, what the trainers pass, and all together, where
 # register pressure is highest. Tensors are read and used one by one, so pairs that are not listed
@@ -152,6 +166,11 @@ CASES = (
     Case("packed, sequence ratio", level="sequence", packed=True, mask=None),
     Case("corrected KL", ref=True, corrected=True),
     Case("KL clamped", ref=True, kl=KL("k1", "unbiased", 20.0, 10.0)),
+    Case("rollout token", rollout="token"),
+    Case("rollout token, no old", rollout="token", old=False),
+    Case("rollout token, bf16", rollout="token", dtype="bfloat16"),
+    Case("rollout sequence", rollout="sequence"),
+    Case("rollout everything, packed", rollout="everything", packed=True, **_EVERYTHING),
     Case("packed, variants", packed=True, **_VARIANTS),
     *(Case(kind, surrogate=kind) for kind in KINDS),
     *(Case(f"{kind}, variants", surrogate=kind, **_VARIANTS) for kind in KINDS),
@@ -174,6 +193,10 @@ CASES = (
         "mean of a sequence, policy weights by sequence", kernel=SEQUENCE,
         **{**_VARIANTS, "policy_weights": "sequence"},
     ),
+    Case("rollout of a sequence", kernel=SEQUENCE, rollout="sequence"),
+    Case("rollout of a sequence, geometric", kernel=SEQUENCE, rollout="geometric", packed=True),
+    Case("rollout of a sequence, everything", kernel=SEQUENCE, rollout="everything", **_VARIANTS),
+    Case("rollout of tokens", kernel=SEQUENCE, rollout="token", level="sequence"),
     Case("mean of a sequence, bf16", kernel=SEQUENCE, dtype="bfloat16", packed=True, **_VARIANTS),
     *(
         Case(f"mean of a sequence, {kind}", kernel=SEQUENCE, surrogate=kind, **_VARIANTS)
@@ -268,6 +291,7 @@ def launch_case(case: Case, batch: int = 3, length: int = 20, **options: Any) ->
         policy_weights=per(case.policy_weights, case.policy_dtype),
         weights=tensor((batch,), "float32"),
         cu_seqlens=tensor((batch + 1,), "int64") if case.packed else None,
+        rollout_log_probs=tokens("float32") if case.rollout else None,
     )
     launch.policy_loss_fwd(given, token_loss(case, **options), case.grad, case.metrics)
 
@@ -283,6 +307,7 @@ def token_loss(case: Any, **options: Any) -> TokenLoss:
         ratio_level=case.level,
         kl=case.kl,
         bias_corrected_kl=case.corrected,
+        rollout=ROLLOUTS[case.rollout].terms() if case.rollout else NO_ROLLOUT,
     )
 
 

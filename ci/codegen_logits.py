@@ -38,6 +38,7 @@ class Case:
     surrogate: str = "clip"
     corrected: bool = False  # the bias-corrected KL
     kl: Any = codegen.K3
+    rollout: str | None = None
     level: str = "token"
     huge: bool = False  # 4 GB of logits: beyond 32-bit offsets
 
@@ -59,6 +60,8 @@ CASES = (
     *(Case(f"bf16 {kind}", surrogate=kind) for kind in codegen.KINDS),
     Case("bf16 a sum", surrogate=codegen.SUM, ref=True, policy_weights=True, metrics=True),
     Case("fp32 a sum", **_FP32, surrogate=codegen.SUM, metrics=True),
+    Case("bf16 rollout", old=False, rollout="token"),
+    Case("bf16 rollout, metrics", old=False, rollout="everything", metrics=True, entropy=True),
     Case("bf16 entropy", entropy=True),
     Case("bf16 metrics", metrics=True),
     Case("bf16 everything", **_EVERYTHING),
@@ -101,6 +104,7 @@ def launch_case(
         old_log_probs=tensor(tokens) if case.old else None,
         ref_log_probs=tensor(tokens) if case.ref else None,
         policy_weights=tensor(tokens) if case.policy_weights else None,
+        rollout_log_probs=tensor(tokens) if case.rollout else None,
     )
     terms: Any = codegen.token_loss(case) if case.loss else None
     settings = RowSettings(0.7, 30.0 if case.softcap else None, terms, case.metrics, case.entropy)

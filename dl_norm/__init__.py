@@ -23,6 +23,7 @@ if TYPE_CHECKING or not _is_command:
     from .log_probs.off_policy import off_policy_sequence_mask
     from .log_probs.selection import clip_cov_mask, kl_cov_tokens, second_moment_mask
     from .metrics import PolicyLossMetrics
+    from .rollout import Reject, RolloutCorrection, rollout_mean_weight
     from .rows.inputs import PolicyLossOutputs
     from .rows.linear import linear_policy_loss
     from .rows.logits import logits_policy_loss
@@ -43,6 +44,8 @@ __all__ = [
     "KeptSets",
     "PolicyLossMetrics",
     "PolicyLossOutputs",
+    "Reject",
+    "RolloutCorrection",
     "Surrogate",
     "__version__",
     "clip_cov_mask",
@@ -57,6 +60,7 @@ __all__ = [
     "reference",
     "reference_length",
     "reweight_advantages",
+    "rollout_mean_weight",
     "second_moment_mask",
     "sequence_lengths",
     "sequence_weights",

@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     policy_weights: Tensor | None  # e q w of the formula; float, or bool: kept or dropped
     weights: Tensor  # (G,) float32 (float64 in the reference of float64 log-probs)
     cu_seqlens: Tensor | None
+    rollout_log_probs: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -98,10 +99,12 @@ def make_batch(
     rollout_weights: Tensor | None = None,
     entropy_mask: Tensor | None = None,
     sequence_mask: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    rollout_mean_weight: Tensor | None = None,
 ) -> Batch:
     """Checks types, dtypes, devices, layouts and shapes, and on the CPU what values can tell.
 
-    The three tensors that mean one factor of the policy term become ``policy_weights``.
+    The tensors that mean one factor of the policy term become ``policy_weights``.
     """
     check_tensor("log_probs", log_probs, dtypes)
     sequences = _check_layout(log_probs, mask, cu_seqlens)
@@ -123,6 +126,8 @@ def make_batch(
     advantages = either("advantages", advantages)
     if rollout_weights is not None:
         rollout_weights = either("rollout_weights", rollout_weights)
+    rollout_log_probs = per_token("rollout_log_probs", rollout_log_probs)
+    _check_rollout(rollout_weights, rollout_log_probs, rollout_mean_weight, log_probs)
     _check_weights(weights, log_probs, sequences, packed)
     for name, tensor in (("mask", mask), ("entropy_mask", entropy_mask)):
         if tensor is not None:
@@ -139,8 +144,11 @@ def make_batch(
     weights_dtype = torch.promote_types(log_probs.dtype, torch.float32)
     batch = Batch(
         log_probs, old_log_probs, ref_log_probs, advantages, mask, rollout_weights,
-        weights.to(weights_dtype), cu_seqlens,
+        weights.to(weights_dtype), cu_seqlens, rollout_log_probs,
     )  # fmt: skip
+    if rollout_mean_weight is not None:
+        factor = rollout_mean_weight.to(weights_dtype).reciprocal()
+        batch = batch._replace(policy_weights=factor.expand(sequences, 1))
     if values_are_free(weights) and values_are_free(log_probs):
         _check_weights_fit(batch)
     return _with_masks(batch, entropy_mask, sequence_mask)
@@ -190,6 +198,32 @@ def _check_constant(name: str, tensor: Tensor, log_probs: Tensor) -> None:
         raise ValueError(
             f"{name} requires grad, but policy_loss is differentiable with respect to "
             f"log_probs alone: pass {name}.detach()"
+        )
+
+
+def _check_rollout(
+    rollout_weights: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    rollout_mean_weight: Tensor | None,
+    log_probs: Tensor,
+) -> None:
+    if rollout_weights is not None and rollout_log_probs is not None:
+        raise ValueError(
+            "rollout_weights are the finished weights that rollout_log_probs would be made into: "
+            "pass one of them"
+        )
+    if rollout_mean_weight is None:
+        return
+    if rollout_log_probs is None:
+        raise ValueError(
+            "rollout_mean_weight divides the weights that are made of rollout_log_probs, and there "
+            "are none: pass them, or divide rollout_weights yourself"
+        )
+    _check_constant("rollout_mean_weight", rollout_mean_weight, log_probs)
+    if rollout_mean_weight.ndim != 0:
+        raise ValueError(
+            "rollout_mean_weight must be a 0-dim tensor, what dl_norm.rollout_mean_weight returns; "
+            f"got {tuple(rollout_mean_weight.shape)}"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from .batch import Batch, make_batch
 from .checks import LOG_PROB_DTYPES, check_no_transform
 from .options import TokenLoss, token_loss_of
+from .rollout import NO_ROLLOUT
 
 # The arguments that are tensors.
 TENSORS = frozenset(inspect.signature(make_batch).parameters)
@@ -28,6 +29,7 @@ def make_call(
     terms = token_loss_of(token_options(arguments))
     tensors = {name: value for name, value in arguments.items() if name in TENSORS}
     batch = make_batch(**tensors, dtypes=dtypes)
+    _check_rollout(batch, terms)
     if terms.beta and batch.ref_log_probs is None:
         raise ValueError(
             f"beta = {terms.beta} needs ref_log_probs, the reference policy's log-probs"
@@ -35,6 +37,19 @@ def make_call(
     if not (terms.beta or metrics):
         batch = batch._replace(ref_log_probs=None)  # multiplied by zero
     return batch, terms
+
+
+def _check_rollout(batch: Batch, terms: TokenLoss) -> None:
+    if (batch.rollout_log_probs is None) == (terms.rollout == NO_ROLLOUT):
+        return
+    if batch.rollout_log_probs is None:
+        raise ValueError(
+            "rollout_correction needs rollout_log_probs, the log-probs of the policy that sampled"
+        )
+    raise ValueError(
+        "rollout_log_probs needs rollout_correction=RolloutCorrection(...), which says what "
+        "weights are made of them; RolloutCorrection(level='none') gives their metrics alone"
+    )
 
 
 def token_options(arguments: dict) -> dict:

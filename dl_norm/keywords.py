@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .kept.sets import KeptSets
 from .kl import KL
+from .rollout import RolloutCorrection
 from .surrogates import Surrogate
 
 Impl = Literal["triton", "torch"]
@@ -37,6 +38,7 @@ class TokenLossOptions(TypedDict, total=False):
     sapo_temperature_pos: float
     sapo_temperature_neg: float
     bias_corrected_kl: bool
+    rollout_correction: RolloutCorrection | None
 
 
 class TensorOptions(TypedDict, total=False):
@@ -47,6 +49,8 @@ class TensorOptions(TypedDict, total=False):
     rollout_weights: Tensor | None
     entropy_mask: Tensor | None
     sequence_mask: Tensor | None
+    rollout_log_probs: Tensor | None
+    rollout_mean_weight: Tensor | None
 
 
 class LossOptions(TokenLossOptions, TensorOptions, total=False):

@@ -10,6 +10,49 @@ from torch import Tensor
 
 # The fields of PolicyLossMetrics that an implementation computes: all but ``sequences``.
 NUM_METRIC_SUMS = 9
+NUM_ROLLOUT_SUMS = 9  # those of RolloutMetrics
+
+
+@dataclass(frozen=True)
+class RolloutMetrics:
+    """What a :class:`dl_norm.RolloutCorrection` did, over the counted tokens, as 0-dim float32
+    tensors. With d = old_log_probs - rollout_log_probs, 0 where the token is not scored:
+
+    - weight, weight_squares: sums of w and w^2, after mode, rejection and veto, before
+      ``rollout_mean_weight`` divides them.
+    - truncated, masked, vetoed: tokens whose weight (or their sequence's) was clamped; is 0 by
+      mode="mask" or a rejection; is 0 by a veto. A token may be in several.
+    - unscored: tokens whose d is not known.
+    - k1, k3: sums of -d and of exp(d) - 1 - d, estimates of KL(rollout || old); d clamped to +-20.
+    - weight_max: the largest w; combined by maximum.
+    """
+
+    weight: Tensor
+    weight_squares: Tensor
+    truncated: Tensor
+    masked: Tensor
+    vetoed: Tensor
+    unscored: Tensor
+    k1: Tensor
+    k3: Tensor
+    weight_max: Tensor
+
+    def summary(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Means over ``tokens``, those of k1 and k3 over the scored ones; ``rollout_ess`` is the
+        effective sample size (sum w)^2 / sum w^2 as a share of them."""
+        scored = (tokens - self.unscored).clamp(min=1)
+        squares = torch.where(self.weight_squares > 0, self.weight_squares, 1.0)
+        return {
+            "rollout_weight_mean": self.weight / tokens,
+            "rollout_weight_max": self.weight_max,
+            "rollout_truncated": self.truncated / tokens,
+            "rollout_masked": self.masked / tokens,
+            "rollout_vetoed": self.vetoed / tokens,
+            "rollout_unscored": self.unscored / tokens,
+            "rollout_ess": self.weight.square() / squares / tokens,
+            "rollout_k1": self.k1 / scored,
+            "rollout_k3": self.k3 / scored,
+        }
 
 
 @dataclass(frozen=True)
@@ -31,6 +74,7 @@ class PolicyLossMetrics:
       ``kl`` says otherwise (0 without a reference), times r with bias_corrected_kl.
     - ratio_max: the largest r; combined by maximum.
     - extras: sums of the further quantities that the surrogate returns, by name.
+    - rollout: :class:`RolloutMetrics`, or None without ``rollout_log_probs``.
 
     r is the token's ratio as the loss uses it: that of its sequence if ``ratio_level`` says so, so
     counts and sums are of tokens at either level. An entropy mask or sequence mask drops terms of
@@ -48,27 +92,46 @@ class PolicyLossMetrics:
     ratio_max: Tensor
     sequences: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
+    rollout: RolloutMetrics | None = None
 
     @classmethod
     def from_sums(
-        cls, sums: Tensor, weights: Tensor, extra_names: tuple[str, ...] = ()
+        cls,
+        sums: Tensor,
+        weights: Tensor,
+        extra_names: tuple[str, ...] = (),
+        with_rollout: bool = False,
     ) -> PolicyLossMetrics:
         """From the sums of an implementation: the (NUM_METRIC_SUMS,) fields in their order, then
-        the further quantities of the surrogate."""
+        the further quantities of the surrogate, then the fields of RolloutMetrics."""
         values = sums.unbind()
+        rollout = None
+        if with_rollout:
+            rollout = RolloutMetrics(*values[-NUM_ROLLOUT_SUMS:])
+            values = values[:-NUM_ROLLOUT_SUMS]
         extras = dict(zip(extra_names, values[NUM_METRIC_SUMS:], strict=True))
         sequences = (weights != 0).sum().float()
-        return cls(*values[:NUM_METRIC_SUMS], sequences=sequences, extras=extras)
+        fields = values[:NUM_METRIC_SUMS]
+        return cls(*fields, sequences=sequences, extras=extras, rollout=rollout)
 
-    def _flat(self) -> dict[str, Tensor]:
-        """All sums and counts by name."""
-        fields = {**vars(self), **self.extras}
-        del fields["extras"], fields["ratio_max"]
-        return fields
+    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All sums and counts by name, and all maxima."""
+        sums = {**vars(self), **self.extras}
+        del sums["extras"], sums["rollout"]
+        maxima = {"ratio_max": sums.pop("ratio_max")}
+        if self.rollout is not None:
+            sums |= {f"rollout.{name}": value for name, value in vars(self.rollout).items()}
+            maxima["rollout.weight_max"] = sums.pop("rollout.weight_max")
+        return sums, maxima
 
-    def _rebuilt(self, flat: dict[str, Tensor], ratio_max: Tensor) -> PolicyLossMetrics:
-        extras = {name: flat.pop(name) for name in self.extras}
-        return PolicyLossMetrics(**flat, ratio_max=ratio_max, extras=extras)
+    def _rebuilt(self, sums: dict[str, Tensor], maxima: dict[str, Tensor]) -> PolicyLossMetrics:
+        values = sums | maxima
+        rollout = None
+        if self.rollout is not None:
+            names = vars(self.rollout)
+            rollout = RolloutMetrics(**{name: values.pop(f"rollout.{name}") for name in names})
+        extras = {name: values.pop(name) for name in self.extras}
+        return PolicyLossMetrics(**values, extras=extras, rollout=rollout)
 
     def __add__(self, other: PolicyLossMetrics) -> PolicyLossMetrics:
         """The metrics of two slices of a batch together."""
@@ -76,9 +139,13 @@ class PolicyLossMetrics:
             raise ValueError(
                 f"metrics of two surrogates, with {list(self.extras)} and {list(other.extras)}"
             )
-        mine, theirs = self._flat(), other._flat()
-        largest = torch.maximum(self.ratio_max, other.ratio_max)
-        return self._rebuilt({name: mine[name] + theirs[name] for name in mine}, largest)
+        if (self.rollout is None) != (other.rollout is None):
+            raise ValueError("metrics with and without those of a rollout correction do not add up")
+        (mine, highest), (theirs, high) = self._parts(), other._parts()
+        return self._rebuilt(
+            {name: mine[name] + theirs[name] for name in mine},
+            {name: torch.maximum(highest[name], high[name]) for name in highest},
+        )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> PolicyLossMetrics:
         """The metrics of all ranks of ``group`` together (None: the default group).
@@ -92,11 +159,12 @@ class PolicyLossMetrics:
                 "this process is not in the group: its sums would be left out; pass a group that "
                 "it is a member of"
             )
-        flat, ratio_max = self._flat(), self.ratio_max.clone()
-        sums = torch.stack(list(flat.values()))
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(ratio_max, op=dist.ReduceOp.MAX, group=group)
-        return self._rebuilt(dict(zip(flat, sums.unbind(), strict=True)), ratio_max)
+        reduced = []
+        for part, op in zip(self._parts(), (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True):
+            values = torch.stack(list(part.values()))
+            dist.all_reduce(values, op=op, group=group)
+            reduced.append(dict(zip(part, values.unbind(), strict=True)))
+        return self._rebuilt(*reduced)
 
     def summary(self) -> dict[str, Tensor]:
         """Means over tokens and the counts, as 0-dim tensors; 0 where there is no token."""
@@ -113,4 +181,5 @@ class PolicyLossMetrics:
             "tokens": self.tokens,
             "sequences": self.sequences,
             **{name: value / tokens for name, value in self.extras.items()},
+            **({} if self.rollout is None else self.rollout.summary(tokens)),
         }

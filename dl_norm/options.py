@@ -12,7 +12,8 @@ import torch
 
 from .checks import check_choice, check_flag, check_number
 from .kl import K3, KL, kl_of
-from .metrics import NUM_METRIC_SUMS
+from .metrics import NUM_METRIC_SUMS, NUM_ROLLOUT_SUMS
+from .rollout import NO_ROLLOUT, Rollout, RolloutCorrection, rollout_of
 from .surrogates import KINDS, Cispo, Clip, Sapo, Surrogate, load
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
@@ -35,6 +36,7 @@ class TokenLoss(NamedTuple):
     kl: KL = K3
     bias_corrected_kl: bool = False
     token_clip: tuple[float, ...] = ()  # see Surrogate.token_clip
+    rollout: Rollout = NO_ROLLOUT
 
 
 def kind_of(terms: TokenLoss) -> type[Surrogate] | Surrogate:
@@ -43,11 +45,14 @@ def kind_of(terms: TokenLoss) -> type[Surrogate] | Surrogate:
 
 
 def num_sums(terms: TokenLoss) -> int:
-    """Of the metrics: those of every loss, and the further quantities of this one."""
-    return NUM_METRIC_SUMS + len(kind_of(terms).extra_names)
+    """Of the metrics: those of every loss, the further quantities of this one, and those of a
+    rollout correction."""
+    corrections = 0 if terms.rollout == NO_ROLLOUT else NUM_ROLLOUT_SUMS
+    return NUM_METRIC_SUMS + len(kind_of(terms).extra_names) + corrections
 
 
-GENERAL = TokenLoss._fields[2:-1]  # the options that are of no surrogate
+# The options that are of no surrogate.
+GENERAL = (*TokenLoss._fields[2:-2], "rollout_correction")
 
 
 def make_token_loss(
@@ -58,6 +63,7 @@ def make_token_loss(
     beta: float = 0.0,
     kl: str | KL = "k3",
     bias_corrected_kl: bool = False,
+    rollout_correction: RolloutCorrection | None = None,
     **fields,
 ) -> TokenLoss:
     """Checks the options of :func:`dl_norm.policy_loss`. ``fields``: those of the surrogate."""
@@ -97,6 +103,7 @@ def make_token_loss(
         kl,
         bias_corrected_kl,
         tuple(_as_float(value) for value in token_clip),
+        rollout_of(rollout_correction),
     )
 
 

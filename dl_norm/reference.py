@@ -7,6 +7,7 @@ that the rest can be held against it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -16,8 +17,9 @@ from .batch import Batch
 from .call import make_call, token_options
 from .checks import REAL_DTYPES
 from .kl import token_kl
-from .metrics import PolicyLossMetrics
+from .metrics import PolicyLossMetrics, RolloutMetrics
 from .options import TokenLoss, kind_of, surrogate_of
+from .rollout import FINITE, Rollout
 from .surrogates import clamp, clipped_tokens
 
 
@@ -84,6 +86,15 @@ def policy_loss(
     def tokens(values: Tensor, kept: Tensor = counted) -> Tensor:
         return torch.where(kept, values.to(dtype), 0.0)
 
+    rollout = None
+    if batch.rollout_log_probs is not None:
+        old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+        corrected, rollout = _correction(
+            old.to(dtype), batch.rollout_log_probs, counted, batch, terms.rollout
+        )
+        if batch.policy_weights is not None:
+            corrected = corrected * tokens(per_token(batch.policy_weights))
+        batch = batch._replace(policy_weights=corrected)
     kept = counted  # the tokens with a policy term
     if batch.policy_weights is not None:
         kept = kept & (per_token(batch.policy_weights) != 0)
@@ -130,9 +141,90 @@ def policy_loss(
         return total
     advantage = tokens(per_token(batch.advantages))  # metrics count what the masks drop too
     extras = dict(surrogate.formula(log_prob, ratio, advantage)[1]) if extras else {}
-    return total, _metrics(
+    metrics = _metrics(
         log_prob, log_ratio, ratio, advantage, counted, kl, extras, terms, weights, clipped
     )
+    return total, replace(metrics, rollout=rollout)
+
+
+@torch.no_grad()
+def _correction(
+    old: Tensor, rollout_log_probs: Tensor, counted: Tensor, batch: Batch, rollout: Rollout
+) -> tuple[Tensor, RolloutMetrics]:
+    """Weights of the tokens, sequence by sequence, and their metrics."""
+    d = old - rollout_log_probs.to(old.dtype)
+    unscored = d.isnan()
+    if rollout.unscored is not None:
+        unscored |= rollout_log_probs == rollout.unscored
+    d = torch.where(unscored, 0.0, d).clamp(-FINITE, FINITE)
+    cuts = None if batch.cu_seqlens is None else batch.cu_seqlens.diff().tolist()
+
+    def sequences(values: Tensor) -> tuple[Tensor, ...]:
+        return values.unbind() if cuts is None else values.split(cuts)
+
+    weights = torch.zeros_like(d)
+    flags = {name: torch.zeros_like(counted) for name in ("truncated", "masked", "vetoed")}
+    outputs = zip(*(sequences(out) for out in (weights, *flags.values())), strict=True)
+    inputs = zip(sequences(d), sequences(unscored), sequences(counted), strict=True)
+    for (w, truncated, masked, vetoed), (log_ratio, missing, here) in zip(
+        outputs, inputs, strict=True
+    ):
+        if not here.any():
+            continue
+        log_w = {
+            "token": log_ratio,
+            "sequence": log_ratio[here].sum().expand_as(log_ratio),
+            "geometric": log_ratio[here].mean().expand_as(log_ratio),
+            "none": torch.zeros_like(log_ratio),
+        }[rollout.level]
+        raw = log_w.clamp(-20, 20).exp()
+        beyond = ~((raw >= rollout.low) & (raw <= rollout.high))
+        if rollout.level == "token":
+            beyond &= ~missing
+            raw = torch.where(missing, 1.0, raw)
+        if rollout.mode == "truncate":
+            truncated |= beyond
+            w[:] = torch.where(beyond, raw.clamp(rollout.low, rollout.high), raw)
+        else:
+            masked |= beyond
+            w[:] = torch.where(beyond, 0.0, raw)
+        bounded = log_ratio.clamp(-20, 20)
+        statistics = (log_ratio, bounded**2 / 2, bounded.exp() - 1 - bounded)
+        if rollout.token_bounds:
+            masked |= _beyond(rollout.token_bounds, statistics)
+        if rollout.sequence_bounds:
+            values = [value[here] for value in statistics]
+            by_max = rollout.sequence_bounds[8:]
+            if (
+                _beyond(rollout.sequence_bounds[:4], [v.sum() for v in values])
+                or _beyond(rollout.sequence_bounds[4:8], [v.mean() for v in values])
+                or values[1].max() > by_max[2]
+                or values[2].max() > by_max[3]
+            ):
+                masked[:] = True
+            if values[0].min() < by_max[0] or values[0].max() > by_max[1]:
+                vetoed[:] = True
+        w[masked | vetoed] = 0.0
+
+    def total(values: Tensor) -> Tensor:
+        return torch.where(counted, values.to(old.dtype), 0.0).sum().float()
+
+    bounded = d.clamp(-20, 20)
+    largest = torch.where(counted, weights, 0.0).amax() if d.numel() else d.sum()
+    return weights, RolloutMetrics(
+        total(weights), total(weights**2), total(flags["truncated"]), total(flags["masked"]),
+        total(flags["vetoed"]), total(unscored), total(-bounded),
+        total(bounded.exp() - 1 - bounded), largest.float(),
+    )  # fmt: skip
+
+
+def _beyond(bounds: tuple[float, ...], statistics) -> Any:
+    """Whether k1, k2 or k3 is outside its bounds."""
+    (low, high, *highs), (k1, *others) = bounds, statistics
+    found = (k1 < low) | (k1 > high)
+    for statistic, highest in zip(others, highs, strict=True):
+        found = found | (statistic > highest)
+    return found
 
 
 def _metrics(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .rollout import NUM_ROLLOUT_METRICS, rollout_log_ratio, rollout_metrics, rollout_of_token
 from .surrogates import NUM_METRICS, clamped_ratio, token_metrics, token_terms, unit_ratio
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -28,6 +29,7 @@ class RowTokens(NamedTuple):
     old_log_probs: Any
     ref_log_probs: Any
     policy_weights: Any
+    rollout_log_probs: Any  # only without old_log_probs: else policy_weights has what they say
 
 
 @triton.jit
@@ -227,6 +229,17 @@ def logits_policy_loss_kernel(
             policy_weight = None
             if tokens.policy_weights is not None:
                 policy_weight = tl.load(tokens.policy_weights + n)
+            if tokens.rollout_log_probs is not None:
+                log_weight, unscored = rollout_log_ratio(
+                    terms.rollout, log_prob, tl.load(tokens.rollout_log_probs + n)
+                )
+                correction, truncated, masked = rollout_of_token(
+                    terms.rollout, log_weight, unscored
+                )
+                if policy_weight is not None:
+                    policy_weight *= correction
+                else:
+                    policy_weight = correction
             ref_log_prob = log_prob
             if terms.kl is not None:
                 ref_log_prob = tl.load(tokens.ref_log_probs + n)
@@ -245,6 +258,14 @@ def logits_policy_loss_kernel(
                     tl.store(PARTIALS + (1 + k) * rows + n, metrics[k])
                 for k in tl.static_range(NUM_EXTRAS):
                     tl.store(PARTIALS + (1 + NUM_METRICS + k) * rows + n, extras[k])
+                if tokens.rollout_log_probs is not None:
+                    corrections = rollout_metrics(
+                        counted, correction, truncated, masked, correction < 0.0, unscored,
+                        log_weight,
+                    )  # fmt: skip
+                    for k in tl.static_range(NUM_ROLLOUT_METRICS):
+                        row = 1 + NUM_METRICS + NUM_EXTRAS + k
+                        tl.store(PARTIALS + row * rows + n, corrections[k])
 
     if GRAD is not None:
         # Where the same logits lie in GRAD.

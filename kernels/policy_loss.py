@@ -13,6 +13,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .rollout import (
+    NUM_ROLLOUT_METRICS,
+    divergences,
+    rollout_log_ratio,
+    rollout_metrics,
+    rollout_of_sequence,
+    rollout_of_token,
+)
 from .surrogates import (
     NUM_METRICS,
     clamped_ratio,
@@ -34,6 +42,7 @@ class TokenStreams(NamedTuple):
     advantages: Any
     mask: Any
     policy_weights: Any
+    rollout_log_probs: Any
 
 
 @triton.jit
@@ -79,6 +88,7 @@ def _load_tile(tokens, start, lane, in_bounds):
         _load_float(tokens.ref_log_probs, start, lane, wanted),
         _load_float(tokens.advantages, start, lane, wanted),
         _load_float(tokens.policy_weights, start, lane, wanted),
+        _load_float(tokens.rollout_log_probs, start, lane, wanted),
     )
 
 
@@ -159,8 +169,10 @@ def _tile_loss(
     METRICS: tl.constexpr, NUM_EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a tile and its column of PARTIALS."""
-    WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS = of_sequences
-    counted, log_prob, old_log_prob, ref_log_prob, advantage, policy_weight = loaded
+    WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS, ROLLOUTS, G = of_sequences
+    counted, log_prob, old_log_prob, ref_log_prob, advantage, policy_weight, rollout = loaded
+    PARTIAL = PARTIALS + tl.program_id(0)
+    programs = tl.num_programs(0).to(tl.int64)
     weight = _of_sequence(WEIGHTS, seq, later, lane)
     if tokens.advantages is None:
         advantage = _of_sequence(ADVANTAGES, seq, later, lane)
@@ -168,6 +180,27 @@ def _tile_loss(
         policy_weight = _of_sequence(POLICY_WEIGHTS, seq, later, lane)
     elif tokens.policy_weights is None:
         policy_weight = None
+    if tokens.rollout_log_probs is not None:
+        behind = _if_present(tokens.old_log_probs, old_log_prob, log_prob)
+        log_weight, unscored = rollout_log_ratio(terms.rollout, behind, rollout)
+        correction, truncated, masked = rollout_of_token(terms.rollout, log_weight, unscored)
+        if ROLLOUTS is not None:
+            correction *= _of_sequence(ROLLOUTS, seq, later, lane)
+        policy_weight = _product(policy_weight, correction)
+        if METRICS:  # now, as what is kept until the end takes registers
+            vetoed = correction < 0.0
+            if ROLLOUTS is not None:
+                code = _of_sequence(ROLLOUTS + G, seq, later, lane)
+                vetoed = code >= 4.0
+                code = tl.where(vetoed, code - 4.0, code)
+                masked = masked | (code >= 2.0)
+                truncated = truncated | (code == 1.0) | (code == 3.0)
+            corrections = rollout_metrics(
+                counted, correction, truncated, masked, vetoed, unscored, log_weight
+            )
+            FIRST = PARTIAL + (1 + NUM_METRICS + NUM_EXTRAS) * programs
+            _store_sums(FIRST, programs, corrections)
+            tl.store(FIRST + (NUM_ROLLOUT_METRICS - 1) * programs, _max(corrections[8]))
 
     if LOG_RATIO_MEANS is not None or tokens.old_log_probs is not None:
         if LOG_RATIO_MEANS is not None:
@@ -194,8 +227,6 @@ def _tile_loss(
         # x - (-0) is x for the compiler, x + 0 is not.
         grad = tl.where(counted, weight * (through_ratio - (-past_ratio)), 0.0)
         _store_tile(GRAD, start, lane, remaining, grad)
-    PARTIAL = PARTIALS + tl.program_id(0)
-    programs = tl.num_programs(0).to(tl.int64)
     tl.store(PARTIAL, tl.where(spans, tl.sum(tl.sum(loss, axis=0), axis=0), float("nan")))
     if METRICS:
         values = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)
@@ -204,6 +235,22 @@ def _tile_loss(
         for k in tl.static_range(NUM_EXTRAS):
             extra = tl.sum(tl.where(counted, extras[k], 0.0))
             tl.store(PARTIAL + (1 + NUM_METRICS + k) * programs, extra)
+
+
+@triton.jit
+def _if_present(PTR, values, others):
+    if PTR is None:
+        return others
+    else:
+        return values
+
+
+@triton.jit
+def _product(factor, values):
+    if factor is None:
+        return values
+    else:
+        return factor * values
 
 
 @triton.jit
@@ -221,7 +268,7 @@ def _store_tile(PTR, start, lane, remaining, values):
     do_not_specialize=["N", "T", "G"],
     do_not_specialize_on_alignment=[
         "WEIGHTS", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS",
-        "PARTIALS",
+        "ROLLOUTS", "PARTIALS",
     ],
 )  # fmt: skip
 def policy_loss_fwd_kernel(
@@ -232,6 +279,7 @@ def policy_loss_fwd_kernel(
     CU_SEQLENS,
     LOG_RATIO_MEANS,
     RATIO_GRADS,
+    ROLLOUTS,
     GRAD,
     PARTIALS,
     N: tl.int64,
@@ -246,10 +294,12 @@ def policy_loss_fwd_kernel(
     """``terms``: of :class:`TokenTerms`.
 
     PARTIALS is (1, programs), or with METRICS (10 + NUM_EXTRAS, programs): the sums of a tile in
-    one column, the loss first, then what token_metrics returns and the surrogate's extras.
+    one column, the loss first, then what token_metrics returns and the surrogate's extras. With
+    rollout log-probs what rollout_metrics returns follows.
 
     LOG_RATIO_MEANS and RATIO_GRADS are what policy_loss_sequence_kernel writes: the ratio is the
-    sequence's, and the derivative through it the same for each of its tokens.
+    sequence's, and the derivative through it the same for each of its tokens. So is ROLLOUTS, (2,
+    G): what rollout_of_sequence returns.
     """
     BLOCK: tl.constexpr = GROUPS * VECTOR
     # A vector is a column, so that threads hold whole vectors also of what is not loaded: what a
@@ -269,7 +319,9 @@ def policy_loss_fwd_kernel(
         # Offsets that do not span the stream cannot raise here without a sync: the loss says so.
         first = tl.load(CU_SEQLENS).to(tl.int64)
         spans = (first == 0) & (tl.load(CU_SEQLENS + G).to(tl.int64) == N)
-    of_sequences = WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS
+    of_sequences = (
+        WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS, ROLLOUTS, G,
+    )  # fmt: skip
     if (end >= start + BLOCK) | (seq + 1 >= G):
         # One sequence: what is the same for all its tokens is computed once a thread.
         _tile_loss(
@@ -287,7 +339,7 @@ def policy_loss_fwd_kernel(
 @triton.jit(
     do_not_specialize=["N", "T"],
     do_not_specialize_on_alignment=[
-        "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS"
+        "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS", "ROLLOUTS"
     ],
 )  # fmt: skip
 def policy_loss_sequence_kernel(
@@ -297,6 +349,7 @@ def policy_loss_sequence_kernel(
     CU_SEQLENS,
     LOG_RATIO_MEANS,
     RATIO_GRADS,
+    ROLLOUTS,
     N: tl.int64,
     T: tl.int64,
     terms,
@@ -318,6 +371,11 @@ def policy_loss_sequence_kernel(
         # Offsets that do not fit the stream must not be read at: the loss will be NaN.
         first = tl.minimum(tl.maximum(tl.load(CU_SEQLENS + seq).to(tl.int64), 0), N)
         end = tl.minimum(tl.load(CU_SEQLENS + seq + 1).to(tl.int64), N)
+
+    if ROLLOUTS is not None:
+        of_sequence, code = _rollout_of_sequence(tokens, terms.rollout, first, end, lane)
+        tl.store(ROLLOUTS + seq, of_sequence)
+        tl.store(ROLLOUTS + tl.num_programs(0) + seq, code)
 
     like = tl.zeros([BLOCK], tl.float32)
     lengths = like
@@ -365,6 +423,14 @@ def policy_loss_sequence_kernel(
                 policy_weight = _load_counted(tokens.policy_weights, position + lane, counted)
             elif POLICY_WEIGHTS is not None:
                 policy_weight = like + tl.load(POLICY_WEIGHTS + seq).to(tl.float32)
+            if tokens.rollout_log_probs is not None:
+                log_weight, unscored = _rollout_log_ratio(
+                    tokens, terms.rollout, position + lane, counted
+                )
+                correction = rollout_of_token(terms.rollout, log_weight, unscored)[0]
+                if ROLLOUTS is not None:
+                    correction *= of_sequence
+                policy_weight = _product(policy_weight, correction)
             ref_log_prob = like
             if terms.kl is not None:
                 ref_log_prob = _load_counted(tokens.ref_log_probs, position + lane, counted)
@@ -374,6 +440,44 @@ def policy_loss_sequence_kernel(
             grads += tl.where(counted, term[1], 0.0)
             position += BLOCK
         tl.store(RATIO_GRADS + seq, tl.sum(grads, axis=0) / length)
+
+
+@triton.jit
+def _rollout_of_sequence(tokens, terms, first, end, lane):
+    """What rollout_of_sequence returns of the tokens from ``first`` to ``end``."""
+    lengths = tl.zeros(lane.shape, tl.float32)
+    log_ratios = tl.zeros(lane.shape, tl.float32)
+    k2s = tl.zeros(lane.shape, tl.float32)
+    k3s = tl.zeros(lane.shape, tl.float32)
+    lowest = tl.zeros(lane.shape, tl.float32)
+    highest = tl.zeros(lane.shape, tl.float32)
+    position = first
+    while position < end:
+        counted = _counted(tokens.mask, position + lane, end)
+        log_ratio, _ = _rollout_log_ratio(tokens, terms, position + lane, counted)
+        lengths += tl.where(counted, 1.0, 0.0)
+        log_ratios += log_ratio
+        if terms.sequence_bounds is not None:
+            k2, k3 = divergences(log_ratio)
+            k2s += k2
+            k3s += k3
+            lowest = tl.minimum(lowest, log_ratio)
+            highest = tl.maximum(highest, log_ratio)
+        position += lane.numel
+    sums = tl.sum(log_ratios, axis=0), tl.sum(k2s, axis=0), tl.sum(k3s, axis=0)
+    length = tl.maximum(tl.sum(lengths, axis=0), 1.0)
+    return rollout_of_sequence(terms, length, sums, tl.min(lowest, axis=0), tl.max(highest, axis=0))
+
+
+@triton.jit
+def _rollout_log_ratio(tokens, terms, position, counted):
+    """What rollout_log_ratio returns; 0 where a token is not counted."""
+    rollout = _load_counted(tokens.rollout_log_probs, position, counted)
+    if tokens.old_log_probs is not None:
+        behind = _load_counted(tokens.old_log_probs, position, counted)
+    else:
+        behind = _load_counted(tokens.log_probs, position, counted)
+    return rollout_log_ratio(terms, behind, rollout)
 
 
 @triton.jit
@@ -389,17 +493,19 @@ def _load_counted(PTR, position, counted):
     return tl.load(PTR + position, mask=counted, other=0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "second_maximum"])
 def policy_loss_reduce_kernel(
     PARTIALS,
     LOSS,
     METRICS,
     programs: tl.int32,
+    second_maximum: tl.int32,
     BLOCK: tl.constexpr,
 ):
     """Program k combines row k of PARTIALS in a fixed order: same bits every run.
 
-    Row 0 is the loss. The others, if any, are sums, and in row NUM_METRICS a maximum.
+    Row 0 is the loss. The others, if any, are sums, and in the rows NUM_METRICS and second_maximum
+    (0: none) maxima.
     """
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -415,7 +521,7 @@ def policy_loss_reduce_kernel(
         first += BLOCK
     if k == 0:
         tl.store(LOSS, tl.sum(total, axis=0))
-    elif k == NUM_METRICS:
+    elif (k == NUM_METRICS) | (k == second_maximum):
         tl.store(METRICS + k - 1, tl.max(largest, axis=0).to(tl.float32, bitcast=True))
     else:
         tl.store(METRICS + k - 1, tl.sum(total, axis=0))

@@ -34,6 +34,7 @@ class TokenTerms(NamedTuple):
     log_ratio_clamp: Any
     token_clip: Any  # bounds of a token's log-ratio in the mean of its sequence, or None
     kl: Any  # KLTerms; None: no reference
+    rollout: Any = None  # RolloutTerms of rollout.py; None: no rollout log-probs
 
 
 @triton.jit

@@ -47,7 +47,6 @@ def test_needs_both_counts(rollout: Rollout, missing: str) -> None:
     [
         {"reference_policy_kl_penalty": 0.01},
         {"use_cispo": True},
-        {"truncated_importance_sampling_type": "tis"},
         {"sequence_level_importance_ratios": True},
     ],
 )
@@ -115,8 +114,12 @@ def test_real(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
     rollout.check(run(theirs.ClippedPGLossFn(config)) * (tokens / (sequences * M)))
 
     # With the correction for the gap between trainer and sampler.
-    config = space["ClippedPGLossConfig"](**NEMO, use_importance_sampling_correction=True)
     data["generation_logprobs"] = data["prev_logprobs"] + 0.3 * data["advantages"].sign()
-    ours = run(nemo_rl.DeltaLLossFn(config, max_length=M))
-    other = run(theirs.ClippedPGLossFn(config)) * (tokens / (sequences * M))
-    torch.testing.assert_close(ours, other, **THEIRS)
+    prefix = "truncated_importance_sampling"
+    for truncated in ({}, {f"{prefix}_type": "tis", f"{prefix}_ratio": 1.1}):
+        config = space["ClippedPGLossConfig"](
+            **NEMO, use_importance_sampling_correction=True, **truncated
+        )
+        ours = run(nemo_rl.DeltaLLossFn(config, max_length=M))
+        other = run(theirs.ClippedPGLossFn(config)) * (tokens / (sequences * M))
+        torch.testing.assert_close(ours, other, **THEIRS)

@@ -16,8 +16,19 @@ sys.path.append(str(Path(__file__).parent))
 
 from adapter_runs import WeightedSkyRLTrainer, skyrl_steps
 from adapter_stand_ins import skyrl_config
-from adapter_tools import ALPHA, ROOT, Rollout, check_hook, lift, make_rollout
+from adapter_tools import (
+    ALPHA,
+    ROOT,
+    THEIRS,
+    Lenient,
+    Rollout,
+    check_hook,
+    fake,
+    lift,
+    make_rollout,
+)
 
+from dl_norm.integrations import rollout as settings_of
 from dl_norm.integrations import skyrl
 
 
@@ -41,6 +52,28 @@ def test_refuses(rollout: Rollout, changes: dict[str, Any]) -> None:
     data = {"advantages": rollout.advantages[:, None], "loss_mask": rollout.mask}
     with pytest.raises(ValueError, match=next(iter(changes))):
         WeightedSkyRLTrainer(skyrl_config(**changes))._normalize_advantages(data, [(0, 6)])
+
+
+def _check_own_correction(rollout: Rollout, ppo: Any, module: Any) -> None:
+    """``rollout_correction`` in the place of SkyRL's gives SkyRL's loss, and not on top of it."""
+    given = {"tis_ratio_type": "token", "token_tis_ratio_clip_high": 1.1}
+    off = skyrl_config(off_policy_correction=Lenient(), policy_loss_type="delta_l")
+    on = skyrl_config(off_policy_correction=Lenient(**given), policy_loss_type="regular")
+    sampled = rollout.old + 0.3 * rollout.log_probs.detach().sin()
+    batch = rollout.log_probs, rollout.old, rollout.advantages[:, None].expand_as(rollout.old)
+    options = {"rollout_correction": settings_of.skyrl(given)}
+    with pytest.MonkeyPatch.context() as patch:
+        fake(patch, f"{skyrl._UTILS}.off_policy_correction_utils", **vars(module))
+        loss, metrics = skyrl.delta_l_policy_loss(
+            *batch, off, rollout.mask, rollout_logprobs=sampled, **options
+        )
+        expected, _ = ppo.ppo_policy_loss(*batch, on, rollout.mask.float(), sampled)
+        torch.testing.assert_close(loss, expected, **THEIRS)
+        assert metrics["rollout_truncated"] > 0
+        with pytest.raises(ValueError, match="would correct twice"):
+            skyrl.delta_l_policy_loss(*batch, on, rollout.mask, rollout_logprobs=sampled, **options)
+        with pytest.raises(ValueError, match="rollout_logprobs is missing"):
+            skyrl.delta_l_policy_loss(*batch, off, rollout.mask, **options)
 
 
 def test_real(rollout: Rollout) -> None:
@@ -71,6 +104,7 @@ def test_real(rollout: Rollout) -> None:
         ),
     )
     check_hook(ppo.ppo_policy_loss, "skyrl")
+    _check_own_correction(rollout, ppo, correction)
     check_hook(trainer._normalize_advantages, "skyrl trainer")
 
     class Data(dict):

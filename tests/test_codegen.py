@@ -79,26 +79,34 @@ def vector(case):
 def token_dtypes(case):
     """The dtypes of the tensors of which the forward kernel reads one element a token."""
     own_ratio = case["old"] and (case["level"] == "token" or case["surrogate"] == "gmpo")
-    # Else the ratio is 1, or one number a sequence.
-    log_prob = own_ratio or case["ref"] or case["surrogate"] not in ("clip", "sapo")
+    # Else the ratio is 1, or one number a sequence. Of a correction by sequences alone nothing is
+    # left to be read.
+    rollout = case["rollout"] in ("token", "everything") or (case["rollout"] and case["metrics"])
+    log_prob = own_ratio or case["ref"] or case["surrogate"] not in ("clip", "sapo") or rollout
     dtypes = [case["dtype"]] * (log_prob + own_ratio + case["ref"])
+    dtypes += ["float32"] * bool(rollout)
     dtypes += ["float32"] * (case["advantages"] == "token")
     dtypes += [case["policy_dtype"]] * (case["policy_weights"] == "token")
     return dtypes + [case["mask"]] * (case["mask"] is not None)
 
 
+_ROLLOUT = (
+    "tokens.rollout_log_probs", "ROLLOUTS", "terms.rollout", "terms.rollout.TOKEN",
+    "terms.rollout.log_weight", "terms.rollout.token_bounds", "terms.rollout.sequence_bounds",
+    "terms.rollout.unscored",
+)  # fmt: skip
 OPTIONAL = {
     FWD: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
         "RATIO_GRADS", "GRAD", "terms.token_clip", "terms.kl", "terms.kl.clamps",
-        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD", "terms.kl.CORRECTED",
+        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD", "terms.kl.CORRECTED", *_ROLLOUT,
     ),
     SEQUENCE: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
         "RATIO_GRADS", "terms.token_clip", "terms.kl", "terms.kl.clamps",
-        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD",
+        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD", *_ROLLOUT,
     ),
 }  # fmt: skip
 

@@ -224,3 +224,27 @@ def test_metrics_without_reading_values(layout: str, make_batch, monkeypatch) ->
         with pytest.raises(AssertionError, match="reads values"):
             summary["tokens"].item()
     assert summary["tokens"] == 70 and log_probs.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_rollout_correction_without_reading_values(layout: str, make_batch, monkeypatch) -> None:
+    """Likewise: the mean weight, a correction by sequences and its metrics."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("dl_norm.") and hasattr(module, "values_are_free"):
+            monkeypatch.setattr(module, "values_are_free", lambda tensor: False)
+    batch = make_batch([30, 0, 5], layout=layout)
+    correction = dl_norm.RolloutCorrection(
+        "sequence", high=2.0, reject=dl_norm.Reject("k3", "max", high=1.0), veto=0.01, unscored=1.0
+    )
+    rollout = batch.old_log_probs - 0.1
+    with NothingRead():
+        mean = dl_norm.rollout_mean_weight(
+            batch.old_log_probs, rollout, batch.mask, correction, cu_seqlens=batch.cu_seqlens
+        )
+        _, metrics = dl_norm.policy_loss(
+            *batch.args(), **batch.kwargs(), rollout_log_probs=rollout,
+            rollout_correction=correction, rollout_mean_weight=mean, impl="torch",
+            return_metrics=True,
+        )  # fmt: skip
+        summary = (metrics + metrics).summary()
+    assert summary["rollout_truncated"] == 30 / 35

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import dl_norm
+from dl_norm import Reject, RolloutCorrection
 from dl_norm.monitor import variance_proxy
 
 QUICK = settings(
@@ -97,6 +98,8 @@ def problems(draw, fixed=("cu_seqlens",), expand=True):
         "sequence_mask": (torch.rand(rows, generator=seed) < 0.6).to(draw(masks)),
     }
     values |= {name: value for name, value in options.items() if draw(st.booleans())}
+    if "rollout_weights" not in values and draw(st.booleans()):
+        values["rollout_log_probs"] = -random(tokens, draw(constants)).abs()
     if packed:
         cuts = sorted(draw(st.integers(0, rows * columns)) for _ in range(rows - 1))
         offsets = torch.tensor([0, *cuts, rows * columns])
@@ -125,6 +128,17 @@ def assert_same(got, expected, rtol=1e-6, atol=1e-7):
         torch.testing.assert_close(mine, true, rtol=rtol, atol=atol)
 
 
+CORRECTION = RolloutCorrection("sequence", high=2.0, reject=Reject("k3", high=1.5))
+
+
+def correction_of(values):
+    if "rollout_log_probs" not in values:
+        return {}
+    # From logits without old log-probs one token at a time.
+    of_token = RolloutCorrection(high=2.0)
+    return {"rollout_correction": of_token if values["old_log_probs"] is None else CORRECTION}
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @given(drawn=problems(), options=st.sampled_from(
     [{}, {"surrogate": "cispo"}, {"ratio_level": "sequence"}]
@@ -135,7 +149,7 @@ def test_policy_loss(drawn, options, impl):
     for values in drawn:
         beta = 0.1 if "ref_log_probs" in values else 0.0
         log_probs = leaf(values["log_probs"])
-        given = {**values, "log_probs": log_probs}
+        given = {**values, "log_probs": log_probs, **correction_of(values)}
         loss = dl_norm.policy_loss(**given, **options, beta=beta, impl=impl)
         results.append(result(loss, log_probs))
     assert_same(*results)
@@ -156,6 +170,7 @@ def test_rows(drawn, extra, impl):
     for values, tensors in ((drawn[0], views), (drawn[1], [t.contiguous() for t in views])):
         given = {name: value for name, value in values.items() if name != "log_probs"}
         given |= {"beta": 0.1 if "ref_log_probs" in values else 0.0, "impl": impl}
+        given |= correction_of(values)
         ids, hidden, head, bias = tensors
         leaves = leaf(hidden), leaf(head), leaf(bias)
         loss = dl_norm.linear_policy_loss(*leaves[:2], ids, bias=leaves[2], **given)
@@ -180,6 +195,14 @@ def test_the_others(drawn):
         outputs = [variance_proxy(*tokens, cu_seqlens=packed)]
         outputs.append(dl_norm.sequence_lengths(values["mask"], packed))
         given = {**values, "beta": 0.1 if "ref_log_probs" in values else 0.0}
+        given |= correction_of(values)
+        if "rollout_log_probs" in values:
+            outputs.append(
+                dl_norm.rollout_mean_weight(
+                    *tokens[:1], values["rollout_log_probs"], values["mask"], CORRECTION,
+                    cu_seqlens=packed,
+                )
+            )  # fmt: skip
         outputs.append(dl_norm.reference.policy_loss(**given))
         del given["weights"]
         outputs.append(

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from triton.runtime.driver import driver
 
+import dl_norm
 from bench import predict, record, table, traffic
 from bench.cases import Case
 from bench.contest import OURS
@@ -17,6 +19,7 @@ from bench.kept import KeptCase
 from bench.predict import Machine, Work
 from bench.roofline import Ceilings
 from bench.traffic import BF16, METRICS, Entry, Row
+from dl_norm import Reject, RolloutCorrection
 
 compiled = pytest.mark.skipif(
     os.environ.get("DL_NORM_TEST_TARGET", "").partition(",")[0] != "sm_90",
@@ -127,3 +130,54 @@ def test_predictions_are_put_beside_what_a_gpu_measures(tmp_path):
     assert predict.for_table("logits", ceilings, tmp_path) == {}
     timed = table.Row("case", OURS, "both", table.Stats(1e-6, 1e-6, 1e-6, 3), predicted=2e-6)
     assert dict(zip(table.COLUMNS, table.cells(timed), strict=True))["predicted µs"] == "2.0"
+
+
+# (options, launches, bytes per position beyond those without a correction)
+CORRECTIONS = {
+    "token": (dict(rollout_correction=RolloutCorrection(high=2.0)), 2, 4.01),
+    "mask, rejection": (
+        dict(
+            rollout_correction=RolloutCorrection(
+                mode="mask", low=0.5, high=2.0, reject=Reject("k3", high=1.0)
+            )
+        ),
+        2,
+        4.01,
+    ),
+    # A pass over old log-probs, rollout log-probs and mask before the loss, which then reads no
+    # rollout log-probs.
+    "sequence": (dict(rollout_correction=RolloutCorrection("sequence", high=2.0)), 3, 9.02),
+    # The pass that the ratio of the sequence takes anyway.
+    "sequence, GSPO": (
+        dict(
+            rollout_correction=RolloutCorrection("geometric", "mask", 0.9, 1.1),
+            ratio_level="sequence",
+        ),
+        3,
+        9.02,
+    ),
+}
+
+
+@compiled
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_rollout_correction(name: str):
+    options, launches, budget = CORRECTIONS[name]
+    inputs = traffic.make_inputs(Entry("log_probs", DENSE, ()))
+    active: Any = driver.active
+    shape = inputs.log_probs.shape
+    moved = []
+    for given in ({"rollout_log_probs": torch.full(shape, -1.0), **options}, dict(options)):
+        if "rollout_log_probs" not in given:
+            del given["rollout_correction"]
+        active.launches.clear()
+        with traffic.as_on_a_gpu():
+            dl_norm.policy_loss(
+                inputs.log_probs, inputs.old_log_probs, torch.ones(shape[0]), inputs.mask,
+                torch.ones(shape[0]), impl="triton", **given,
+            )  # fmt: skip
+        moved.append(sum(32 * launch.sectors.total() for launch in active.launches))
+        count = len(active.launches)
+        assert count == (launches if "rollout_log_probs" in given else 2 + len(given)), count
+    found = (moved[0] - moved[1]) / shape.numel()
+    assert found <= budget, f"{found}, allowed {budget}"

@@ -71,6 +71,9 @@ LAYOUTS = {
 }
 
 
+RATIO_MAX = 1.2
+
+
 # What a micro-batch of one sequence has under vLLM's "sequence_truncate"
 ONE_SEQUENCE = SimpleNamespace(
     shape=(1, 5), lengths=[5], seed=0, loss="dapo", level="token", beta=0.0, corrected_kl=False,
@@ -132,17 +135,25 @@ def make_batch(case):
     def near(spread):
         return log_probs + spread * normal(case.shape)
 
-    if case.old is not None:
-        batch["old_per_token_logps"] = LAYOUTS[case.old[1]](near(0.3).to(case.old[0]))
+    old = case.old
+    if case.rollout is not None:  # for which TRL always computes them
+        old = old or (torch.float32, "contiguous")
+    if old is not None:
+        batch["old_per_token_logps"] = LAYOUTS[old[1]](near(0.3).to(old[0]))
     if case.beta:
         batch["ref_per_token_logps"] = LAYOUTS[case.ref[1]](near(0.3).to(case.ref[0]))
     shape, layout = case.advantages
     batch["advantages"] = LAYOUTS[layout](normal(shape))
     if case.rollout is not None:
-        shape, layout = case.rollout
-        batch["importance_sampling_ratio"] = LAYOUTS[layout](normal(shape).mul(0.2).exp())
-        batch["sampling_per_token_logps"] = near(0.1)
+        batch["sampling_per_token_logps"] = LAYOUTS[case.rollout[1]](near(0.1))
     mask = _loss_mask(batch)
+    if case.rollout is not None:
+        # As TRL computes it; tests/test_rollout_trainers.py holds ours against its own code.
+        gap = batch["old_per_token_logps"].float() - batch["sampling_per_token_logps"]
+        gap = gap * mask
+        per_token = case.rollout[0] == case.shape
+        ratio = gap.exp() if per_token else gap.sum(1, keepdim=True).exp()
+        batch["importance_sampling_ratio"] = ratio.clamp(max=RATIO_MAX)
     batch["num_items_in_batch"] = mask.sum()
     batch["sequence_weights"] = _generation_batch_weights(
         mask.sum(1), LOSSES[case.loss][0], 1.0, MAX_LENGTH
@@ -184,6 +195,10 @@ def configure(trainer, case, fused):
     trainer.args.importance_sampling_level = trainer.importance_sampling_level = case.level
     trainer.top_entropy_quantile, trainer.off_policy_mask_threshold = case.quantile, case.threshold
     trainer.use_vllm = case.rollout is not None
+    if case.rollout is not None:
+        level = "token" if case.rollout[0] == case.shape else "sequence"
+        trainer.vllm_importance_sampling_mode = f"{level}_truncate"
+        trainer.vllm_importance_sampling_clip_max = RATIO_MAX
     if isinstance(trainer, DeltaLGRPOTrainer):
         trainer.args.aggregation, trainer.args.surrogate = aggregation, surrogate
         trainer.args.fused_lm_head = fused

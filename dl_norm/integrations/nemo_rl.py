@@ -25,6 +25,7 @@ from torch import Tensor
 import dl_norm
 from dl_norm.checks import check_number
 
+from . import rollout as settings_of
 from .shared import adapter_loss, checked, needed, on_host, refuse, required
 
 # Fields of ClippedPGLossConfig that have no counterpart here.
@@ -32,7 +33,6 @@ _REFUSED = (
     "disable_ppo_ratio",
     "sequence_level_importance_ratios",
     "use_cispo",
-    "truncated_importance_sampling_type",
     "positive_example_nll_weight",
 )
 
@@ -43,7 +43,9 @@ class DeltaLLossFn:
     Args:
         cfg: ``ClippedPGLossConfig`` or a mapping with its fields. Followed: ``ratio_clip_min``,
             ``ratio_clip_max``, ``ratio_clip_c``, ``force_on_policy_ratio``,
-            ``use_importance_sampling_correction`` (untruncated).
+            ``use_importance_sampling_correction`` with ``truncated_importance_sampling_type``,
+            ``..._ratio`` and ``..._ratio_min``, in the kernel: a token without a rollout log-prob
+            weighs 1 (NeMo-RL drops it).
         max_length: the constant M.
         use_fused_linear_logprobs: as for ``ClippedPGLossFn``.
         **options: of :func:`dl_norm.policy_loss`, over those of ``cfg``.
@@ -82,13 +84,14 @@ class DeltaLLossFn:
         self.reference_policy_kl_penalty = 0  # read by NeMo-RL's input preparation
         self.max_length = max_length
         self.on_policy = field("force_on_policy_ratio", False)
-        self.correct = field("use_importance_sampling_correction", False)
         self.clip = {
             "eps_low": field("ratio_clip_min", 0.2),
             "eps_high": field("ratio_clip_max", 0.2),
             "dual_clip": field("ratio_clip_c", None),
         }
-        self.options = checked({"log_ratio_clamp": None, **options})  # NeMo-RL clamps nothing
+        correction = {"rollout_correction": settings_of.nemo_rl(cfg)}
+        # NeMo-RL clamps nothing.
+        self.options = checked({"log_ratio_clamp": None, **correction, **options}, rollout=True)
         if hasattr(interfaces, "MetricNormalizer"):  # after 0.7.0
             self.metric_normalizations = _metric_normalizations(interfaces.MetricNormalizer)
 
@@ -129,9 +132,7 @@ class DeltaLLossFn:
             data["advantages"][:, 1:],
             mask,
             weights=1 / (sequences * self.max_length),
-            rollout_weights=torch.nan_to_num(mismatch.exp(), 0.0, 0.0, 0.0)
-            if self.correct
-            else None,
+            rollout_log_probs=None if self.options["rollout_correction"] is None else generated,
             clip=self.clip,
             **self.options,
         )

@@ -29,7 +29,7 @@ from torch import Tensor
 import dl_norm
 from dl_norm.call import token_options
 from dl_norm.metrics import PolicyLossMetrics
-from dl_norm.options import TokenLoss, token_loss_of
+from dl_norm.options import TokenLoss, kind_of, token_loss_of
 from dl_norm.weights.group_sums import Group, sum_over
 
 
@@ -110,9 +110,14 @@ def adapter_loss(
     return outputs
 
 
-def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """``options``, if the loss of one token takes them: bad ones raise at construction."""
+def checked(options: dict[str, Any], *, rollout: bool = False) -> dict[str, Any]:
+    """``options``, if the loss of one token takes them: bad ones raise at construction.
+
+    ``rollout``: the trainer hands over the log-probs that a ``rollout_correction`` needs.
+    """
     token, settings = torch.ones(1, 1), {**options, "impl": "torch"}
+    if rollout and options.get("rollout_correction") is not None:
+        settings["rollout_log_probs"] = token
     dl_norm.policy_loss(token, token, token, token.bool(), token[0], **settings)
     return options
 
@@ -135,7 +140,7 @@ def _doubles(terms: TokenLoss) -> bool:
     log_prob, ratio, advantage = torch.randn(3, 256, generator=random, dtype=torch.float64)
     log_prob, ratio = -log_prob.abs(), ratio.exp()
     once, twice = (
-        terms.kind.closed_form(log_prob, ratio, a, *terms.settings)[:3]
+        kind_of(terms).closed_form(log_prob, ratio, a, *terms.settings)[:3]
         for a in (advantage, 2 * advantage)
     )
     zeros = torch.zeros_like(ratio)

@@ -12,7 +12,8 @@ mini-batches and L_i from ``loss_mask`` (tool tokens and SkyRL's padding rows do
 step's gradient is S times the mini-batch's part of sum_i x_i grad sum_t l_it, their mean is the
 whole.
 
-SkyRL's KL and entropy terms and its off-policy correction stay as they are.
+SkyRL's KL and entropy terms stay as they are, and so does its off-policy correction unless a
+``rollout_correction`` takes its place.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared import adapter_loss, checked, clip_fraction, needed, row_factors
+from .shared import adapter_loss, checked, clip_fraction, needed, on_host, required, row_factors
 
 REDUCTION = "seq_mean_token_sum_norm"
 _UTILS, _NEEDS = "skyrl.backends.skyrl_train.utils", "SkyRL 0.4 (pip install 'skyrl>=0.4,<0.5')"
@@ -44,17 +45,21 @@ def delta_l_policy_loss(
         log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs: (B, T).
         config: SkyRL's ``AlgorithmConfig``: ``eps_clip_low``, ``eps_clip_high``, and
             ``clip_ratio_c`` if ``policy_loss_type`` is "delta_l_dual_clip".
-        **options: those given to :func:`register`.
+        **options: those given to :func:`register`. With ``rollout_correction`` it is ours, in the
+            kernel, in the place of SkyRL's.
 
     Returns:
         (loss, {"clip_ratio": ...}): SkyRL takes metrics as Python floats, which is one host sync.
 
     Raises:
-        ValueError: ``loss_reduction`` is not "seq_mean_token_sum_norm".
+        ValueError: ``loss_reduction`` is not "seq_mean_token_sum_norm"; a ``rollout_correction``
+            beside one of SkyRL's, or without ``rollout_logprobs``.
     """
     _check_reduction(config)
     rollout_weights, metrics = None, {}
-    if rollout_logprobs is not None:
+    if options.get("rollout_correction") is not None:
+        options["rollout_log_probs"] = _sampled(rollout_logprobs, config)
+    elif rollout_logprobs is not None:
         correction = needed(f"{_UTILS}.off_policy_correction_utils", _NEEDS)
         rollout_weights, metrics, loss_mask = correction.compute_off_policy_correction(
             old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction
@@ -75,7 +80,23 @@ def delta_l_policy_loss(
         },
         **options,
     )
-    return loss, {"clip_ratio": clip_fraction(seen).item(), **metrics}
+    shown = {"clip_ratio": clip_fraction(seen)}
+    if seen.rollout is not None:
+        shown |= seen.rollout.summary(seen.tokens.clamp(min=1))
+    return loss, {**on_host(shown), **metrics}
+
+
+def _sampled(rollout_logprobs: Tensor | None, config: Any) -> Tensor:
+    """The rollout's log-probs for a correction of ours."""
+    theirs = config.off_policy_correction
+    correction = needed(f"{_UTILS}.off_policy_correction_utils", _NEEDS)
+    if correction.off_policy_correction_enabled(theirs):
+        raise ValueError(
+            "rollout_correction beside SkyRL's off_policy_correction would correct twice: turn one "
+            "of them off; dl_norm.integrations.rollout.skyrl(config) is SkyRL's as ours"
+        )
+    remedy = "rollout_correction needs them: let the inference engine return log-probs"
+    return required(rollout_logprobs, "rollout_logprobs", remedy)
 
 
 class DeltaLAdvantages:
@@ -113,10 +134,11 @@ def register(**options: Any) -> None:
     """Register ``delta_l`` and ``delta_l_dual_clip`` as values of ``policy_loss_type``.
 
     Args:
-        **options: of :func:`dl_norm.policy_loss`, over SkyRL's clip settings.
+        **options: of :func:`dl_norm.policy_loss`, over SkyRL's clip settings; also
+            ``rollout_correction``, of SkyRL's settings :func:`dl_norm.integrations.rollout.skyrl`.
     """
     registry = needed(f"{_UTILS}.ppo_utils", _NEEDS).PolicyLossRegistry
-    loss = functools.partial(delta_l_policy_loss, **checked(options))
+    loss = functools.partial(delta_l_policy_loss, **checked(options, rollout=True))
     for name in ("delta_l", "delta_l_dual_clip"):
         registry.register(name, loss)
 

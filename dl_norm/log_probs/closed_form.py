@@ -11,6 +11,7 @@ from ..batch import Batch
 from ..checks import values_are_free
 from ..kl import K3, token_kl_closed_form
 from ..options import TokenLoss, kind_of
+from ..rollout import apply, correct, correction_sums
 from ..surrogates import Clip, clipped_tokens
 
 
@@ -19,6 +20,10 @@ def policy_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the loss (0-dim float32), its gradient with respect to log_probs (float32, empty
     unless ``write_grad``) and the sums of PolicyLossMetrics (empty unless ``metrics``)."""
+    correction = None
+    if batch.rollout_log_probs is not None:
+        correction = correct(batch, terms.rollout)
+        batch = apply(batch, correction)
     mean_log_ratio = _mean_log_ratio(batch, terms)
     plain = (terms.surrogate, terms.ratio_level) == ("clip", "token")
     if plain and terms.kl == K3 and not terms.bias_corrected_kl:
@@ -33,6 +38,8 @@ def policy_loss_fwd(
     sums = batch.weights.new_empty(0)
     if metrics:
         sums = _metric_sums(batch, terms, mean_log_ratio)
+        if correction is not None:
+            sums = torch.cat([sums, correction_sums(batch, correction)])
     return *outputs, sums
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..device import target
+from ..kernels import rollout as rollout_kernels
 from ..kernels import surrogates
 from ..kernels.policy_loss import (
     TOKENS_PER_THREAD,
@@ -22,8 +23,10 @@ from ..kernels.policy_loss import (
     policy_loss_reduce_kernel,
     policy_loss_sequence_kernel,
 )
+from ..kernels.rollout import RolloutTerms
 from ..kernels.surrogates import KLTerms, TokenTerms
 from ..options import TokenLoss, kind_of, num_sums
+from ..rollout import Rollout, needs_sequences, needs_tokens
 
 KL_FUNCTIONS = {
     "k1": surrogates.k1, "abs": surrogates.absolute, "k2": surrogates.k2, "k3": surrogates.k3,
@@ -80,26 +83,26 @@ def policy_loss_fwd(
     policy_weights = _of_sequences(batch.policy_weights, of_tokens.policy_weights, sequences)
     cu_seqlens = contiguous(batch.cu_seqlens, sequences + 1)
     length = tokens if cu_seqlens is not None else log_probs.shape[1]
-    of_token = device_terms(terms, batch.ref_log_probs is not None)
+    of_token = device_terms(terms, batch.ref_log_probs is not None, batch.rollout_log_probs)
     through_ratio = of_token if _corrected(batch, terms) else of_token._replace(kl=None)
     config = tile_config(log_probs.element_size(), target().warp_size)
     programs = -(-tokens // config.block)
     partials = torch.empty((1 + len(sums), programs), dtype=torch.float32, device=device)
-    means, ratio_grads = _outputs_of_sequences(batch, of_tokens, terms, write_grad)
+    means, ratio_grads, rollouts = _outputs_of_sequences(batch, of_tokens, terms, write_grad)
     with torch.accelerator.device_index(device.index):
-        if means is not None or ratio_grads is not None:
+        if means is not None or ratio_grads is not None or rollouts is not None:
             policy_loss_sequence_kernel[(sequences,)](
                 of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
-                tokens, length, through_ratio, MEAN=terms.ratio_level != "sequence_sum",
+                rollouts, tokens, length, through_ratio, MEAN=terms.ratio_level != "sequence_sum",
                 BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](
             of_tokens, contiguous(batch.weights, sequences), advantages, policy_weights,
-            cu_seqlens, means, ratio_grads, grad if write_grad else None, partials,
+            cu_seqlens, means, ratio_grads, rollouts, grad if write_grad else None, partials,
             tokens, length, sequences, of_token, METRICS=metrics, NUM_EXTRAS=num_extras,
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps,
         )  # fmt: skip
-        reduce_partials(partials, loss, sums)
+        reduce_partials(partials, loss, sums, rollout=batch.rollout_log_probs is not None)
     return loss, grad, sums
 
 
@@ -118,13 +121,18 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     return out
 
 
-def device_terms(terms: TokenLoss, reference: bool) -> TokenTerms:
+def device_terms(
+    terms: TokenLoss, reference: bool, rollout_log_probs: Tensor | None = None
+) -> TokenTerms:
     """``terms`` as kernels take them; without a ``reference`` there is no KL."""
     of_token = TokenTerms(
         (kind_of(terms).device(), terms.settings),
         terms.log_ratio_clamp,
         terms.token_clip or None,
         None,
+        None
+        if rollout_log_probs is None
+        else _rollout_terms(terms.rollout, rollout_log_probs.dtype),
     )
     if not reference:
         return of_token
@@ -139,10 +147,28 @@ def device_terms(terms: TokenLoss, reference: bool) -> TokenTerms:
     return of_token._replace(kl=kl)
 
 
-def reduce_partials(partials: Tensor, loss: Tensor, sums: Tensor) -> None:
-    """Combines the columns of ``partials``, (1 + sums, programs)."""
+def _rollout_terms(rollout: Rollout, dtype: torch.dtype) -> RolloutTerms:
+    bound = rollout_kernels.truncate if rollout.mode == "truncate" else rollout_kernels.mask
+    log_weights = {"sequence": rollout_kernels.total, "geometric": rollout_kernels.mean}
+    unscored = rollout.unscored
+    if unscored is not None:  # as the log-probs hold it
+        unscored = float(torch.tensor(unscored).to(dtype))
+    return RolloutTerms(
+        (bound, (rollout.low, rollout.high)),
+        1 if rollout.level == "token" else None,
+        log_weights.get(rollout.level),
+        rollout.token_bounds or None,
+        rollout.sequence_bounds or None,
+        unscored,
+    )
+
+
+def reduce_partials(partials: Tensor, loss: Tensor, sums: Tensor, rollout: bool = False) -> None:
+    """Combines the columns of ``partials``, (1 + sums, programs); the last row is a maximum if it
+    is of a ``rollout`` correction."""
+    second_maximum = len(sums) if rollout else 0
     policy_loss_reduce_kernel[(partials.shape[0],)](
-        partials, loss, sums, partials.shape[1], BLOCK=512, num_warps=4
+        partials, loss, sums, partials.shape[1], second_maximum, BLOCK=512, num_warps=4
     )
 
 
@@ -174,6 +200,7 @@ def _of_tokens(batch: Batch, tokens: int) -> TokenStreams:
         aligned(per_token(batch.advantages), tokens),
         aligned(batch.mask, tokens),
         aligned(per_token(batch.policy_weights), tokens),
+        aligned(batch.rollout_log_probs, tokens),
     )
 
 
@@ -188,8 +215,9 @@ def _corrected(batch: Batch, terms: TokenLoss) -> bool:
 
 def _outputs_of_sequences(
     batch: Batch, of_tokens: TokenStreams, terms: TokenLoss, write_grad: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the sequence kernel writes: the mean log-ratios, and the derivatives through them.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the sequence kernel writes: the mean log-ratios, the derivatives through them, and what
+    a rollout correction makes of sequences.
 
     Where the terms of a sequence's tokens differ, the derivative through its ratio is their mean;
     elsewhere that mean is every token's own.
@@ -199,10 +227,13 @@ def _outputs_of_sequences(
         or of_tokens.policy_weights is not None
         or kind_of(terms).uses_log_prob
         or _corrected(batch, terms)
+        or (of_tokens.rollout_log_probs is not None and needs_tokens(terms.rollout))
     )
+    corrects = of_tokens.rollout_log_probs is not None and needs_sequences(terms.rollout)
     means = terms.ratio_level != "token" and batch.old_log_probs is not None
     ratio_grads = write_grad and terms.ratio_level == "sequence" and uneven
     return (
         torch.empty_like(batch.weights) if means else None,
         torch.empty_like(batch.weights) if ratio_grads else None,
+        batch.weights.new_empty(2, batch.sequences) if corrects else None,
     )

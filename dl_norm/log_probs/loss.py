@@ -15,6 +15,7 @@ from ..keywords import CallOptions, Impl, KLName, RatioLevel, SurrogateName
 from ..kl import KL
 from ..metrics import PolicyLossMetrics
 from ..options import kind_of
+from ..rollout import RolloutCorrection
 from ..surrogates import Surrogate
 from ..weights import sequence_lengths, sequence_weights
 from ..weights.group_sums import Group
@@ -67,6 +68,9 @@ def policy_loss(
     beta: float = 0.0,
     kl: KLName | KL = "k3",
     rollout_weights: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    rollout_correction: RolloutCorrection | None = None,
+    rollout_mean_weight: Tensor | None = None,
     ratio_level: RatioLevel = "token",
     surrogate: SurrogateName | Surrogate = "clip",
     sapo_temperature_pos: float = 1.0,
@@ -114,7 +118,14 @@ def policy_loss(
         beta: coefficient of the estimate of KL(policy || reference).
         kl: "k3", which is in the formula; "k1", "abs", "k2"; or :class:`dl_norm.KL`, for clamps
             and for the gradient of one with the value of another.
-        rollout_weights: (G,) or one per token; multiplies the policy term, not the KL term.
+        rollout_weights: (G,) or one per token; multiplies the policy term, not the KL term: w of
+            the formula. Or w is computed of
+        rollout_log_probs: like ``log_probs``, of the inference engine that sampled. NaN: it has
+            not scored the token. Their weights are constants and multiply the policy term alone;
+            weight 0 drops it, whatever its factors are.
+        rollout_correction: :class:`RolloutCorrection`, how; needed with ``rollout_log_probs``.
+        rollout_mean_weight: 0-dim, divides w: what :func:`rollout_mean_weight` returns for the
+            whole rollout batch; or None.
         ratio_level: "token", or the ratio of the whole sequence for each of its tokens:
             r = exp(clamp(mean over the sequence's tokens of log_probs - old_log_probs)).
             "sequence" is GSPO: every log-prob changes that mean. "sequence_token" has the same
@@ -152,7 +163,8 @@ def policy_loss(
     Source: PPO clip arXiv:1707.06347, asymmetric clip arXiv:2503.14476, dual clip
     arXiv:1912.09729, k3 http://joschu.net/blog/kl-approx.html, weights arXiv:2509.07558, GSPO
     arXiv:2507.18071, CISPO arXiv:2506.13585, SAPO arXiv:2511.20347, entropy mask arXiv:2506.01939,
-    KL correction and sequence mask arXiv:2512.02556.
+    KL correction and sequence mask arXiv:2512.02556, rollout correction
+    :class:`RolloutCorrection`.
     """
     check_flag(return_metrics, "return_metrics")
     batch, terms = make_call(
@@ -161,7 +173,9 @@ def policy_loss(
             weights=weights, cu_seqlens=cu_seqlens, eps_low=eps_low, eps_high=eps_high,
             dual_clip=dual_clip, delta=delta, log_ratio_clamp=log_ratio_clamp,
             ref_log_probs=ref_log_probs, beta=beta, kl=kl,
-            rollout_weights=rollout_weights, ratio_level=ratio_level, surrogate=surrogate,
+            rollout_weights=rollout_weights, rollout_log_probs=rollout_log_probs,
+            rollout_correction=rollout_correction, rollout_mean_weight=rollout_mean_weight,
+            ratio_level=ratio_level, surrogate=surrogate,
             sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
             bias_corrected_kl=bias_corrected_kl, entropy_mask=entropy_mask,
             sequence_mask=sequence_mask,
@@ -173,7 +187,9 @@ def policy_loss(
         log_probs, batch, terms, implementation_for(impl, log_probs), write_grad, return_metrics
     )
     if return_metrics:
-        return loss, PolicyLossMetrics.from_sums(sums, weights, kind_of(terms).extra_names)
+        return loss, PolicyLossMetrics.from_sums(
+            sums, weights, kind_of(terms).extra_names, rollout_log_probs is not None
+        )
     return loss
 
 

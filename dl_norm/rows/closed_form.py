@@ -147,9 +147,12 @@ def _block_pass(
         grad.mul_(slope)
 
 
-def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss (0-dim) and the sums of PolicyLossMetrics (empty without metrics)."""
+def reduce_partials(partials: Tensor, rollout: bool) -> tuple[Tensor, Tensor]:
+    """The loss (0-dim) and the sums of PolicyLossMetrics (empty without metrics), among them those
+    of a ``rollout`` correction."""
     sums = partials[1:].sum(1)
     if sums.numel() and partials.shape[1]:
         sums[NUM_METRIC_SUMS - 1] = partials[NUM_METRIC_SUMS].amax()  # the largest ratio
+        if rollout:
+            sums[-1] = partials[-1].amax()  # the largest weight
     return partials[0].sum(), sums

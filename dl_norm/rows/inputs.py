@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..call import make_call
 from ..checks import (
     LOG_PROB_DTYPES,
@@ -17,7 +18,8 @@ from ..checks import (
     values_are_free,
 )
 from ..metrics import PolicyLossMetrics
-from ..options import kind_of
+from ..options import TokenLoss, kind_of
+from ..rollout import NO_ROLLOUT, apply, correct, correction_sums, needs_sequences
 from .records import RowSettings, TokenRows, make_rows
 
 
@@ -56,16 +58,20 @@ class Wanted:
         results: tuple[Tensor, ...],
         shape: torch.Size,
         weights: Tensor,
-        extra_names: tuple[str, ...],
+        settings: RowSettings,
+        rollout_sums: Tensor | None,
     ) -> Tensor | tuple[Tensor, PolicyLossOutputs]:
         """What the public function returns, of the results of its autograd Function."""
         loss, log_probs, entropy, sums = results
+        if rollout_sums is not None:
+            sums = torch.cat([sums, rollout_sums])
+        with_rollout = rollout_sums is not None or settings.with_rollout
         if not self.anything:
             return loss
         return loss, PolicyLossOutputs(
             log_probs.view(shape),
             entropy.view(shape) if self.entropy else None,
-            PolicyLossMetrics.from_sums(sums, weights, extra_names)
+            PolicyLossMetrics.from_sums(sums, weights, settings.extra_names, with_rollout)
             if self.return_metrics
             else None,
         )
@@ -80,10 +86,11 @@ def make_row_call(
     *,
     vocabulary: int,
     wanted: Wanted,
-) -> tuple[RowSettings, TokenRows]:
+) -> tuple[RowSettings, TokenRows, Tensor | None]:
     """Checks the tensors that have one entry a token or a sequence, and makes rows of them.
 
-    ``arguments``: those of :func:`dl_norm.policy_loss` but the log-probs.
+    ``arguments``: those of :func:`dl_norm.policy_loss` but the log-probs. The last result is what
+    the metrics count of a rollout correction, if that is known by now and asked for.
     """
     like_log_probs = logits_or_hidden.detach()[..., 0]
     batch, terms = make_call(
@@ -95,10 +102,37 @@ def make_row_call(
             "sequence needs all its log-probs before the first gradient. Compute log-probs with a "
             "gradient and pass them to policy_loss"
         )
+    batch, terms, rollout_sums = _with_rollout(name, batch, terms, wanted.return_metrics)
     check_token_ids(token_ids, batch.mask, like_log_probs, vocabulary)
     nothing_else = not wanted.anything and batch.ref_log_probs is None
     rows = make_rows(batch, token_ids, nothing_else and kind_of(terms).scales_with_advantage)
-    return replace(settings, terms=terms), rows
+    return replace(settings, terms=terms), rows, rollout_sums
+
+
+def _with_rollout(
+    name: str, batch: Batch, terms: TokenLoss, metrics: bool
+) -> tuple[Batch, TokenLoss, Tensor | None]:
+    """With the log-probs of the old policy the weights of a rollout correction are known before the
+    pass, and what they drop need not go through the head. Without them the pass computes them."""
+    if batch.rollout_log_probs is None:
+        return batch, terms, None
+    if batch.old_log_probs is not None:
+        correction = correct(batch, terms.rollout)
+        sums = correction_sums(batch, correction) if metrics else None
+        return apply(batch, correction), terms._replace(rollout=NO_ROLLOUT), sums
+    if needs_sequences(terms.rollout):
+        raise ValueError(
+            f"{name} without old_log_probs corrects by the log-probs that it computes, one token "
+            "at a time: level='sequence' or 'geometric', a rejection over a sequence and a veto "
+            "need all of the sequence before the first gradient. Pass old_log_probs, or compute "
+            "log-probs with a gradient and pass them to policy_loss"
+        )
+    unscored = terms.rollout.unscored
+    if unscored is not None:  # rows are float32, which may not hold what 16 bits have made of it
+        values = batch.rollout_log_probs
+        values = torch.where(values == unscored, torch.nan, values)
+        batch = batch._replace(rollout_log_probs=values)
+    return batch, terms, None
 
 
 def row_settings(temperature: float, softcap: float | None, wanted: Wanted) -> RowSettings:

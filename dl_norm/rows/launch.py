@@ -71,13 +71,15 @@ def logits_pass(
             base, tokens, grad, outputs.log_probs, outputs.entropy, outputs.partials,
             offset, first_row, rows.count, row_length, vocabulary, strides[0], strides[1],
             1.0 / settings.temperature, settings.softcap,
-            None if terms is None else device_terms(terms, rows.ref_log_probs is not None),
+            None if terms is None else device_terms(
+                terms, rows.ref_log_probs is not None, rows.rollout_log_probs
+            ),
             METRICS=settings.metrics, NUM_EXTRAS=len(settings.extra_names),
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps, **limit,
         )  # fmt: skip
 
 
-def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
+def reduce_partials(partials: Tensor, rollout: bool) -> tuple[Tensor, Tensor]:
     """What :func:`dl_norm.rows.closed_form.reduce_partials` does, in one launch."""
     num_sums, rows = partials.shape
     loss = partials.new_empty(())
@@ -85,7 +87,7 @@ def reduce_partials(partials: Tensor) -> tuple[Tensor, Tensor]:
     if rows == 0:
         return loss.zero_(), sums.zero_()
     with torch.accelerator.device_index(partials.device.index):
-        launch_reduce(partials, loss, sums)
+        launch_reduce(partials, loss, sums, rollout)
     return loss, sums
 
 

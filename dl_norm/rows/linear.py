@@ -144,7 +144,7 @@ def linear_policy_loss(
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     check_head(hidden, lm_head_weight, bias)
     wanted = Wanted(entropy, return_log_probs, return_metrics)
-    settings, rows = make_row_call(
+    settings, rows, rollout_sums = make_row_call(
         "linear_policy_loss", hidden, token_ids,
         dict(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
@@ -168,7 +168,7 @@ def linear_policy_loss(
             hidden, lm_head_weight, bias, rows, settings, third,
             implementation_for(impl, hidden), needed,
         )  # fmt: skip
-    return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)
+    return wanted.outputs(results, token_ids.shape, weights, settings, rollout_sums)
 
 
 def check_head(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:

@@ -79,7 +79,11 @@ def logits_policy_loss(
         token_ids: (B, T) or (N,), int64 or int32, in [0, V) where mask != 0. On a GPU the loss is
             NaN if one is not.
         old_log_probs, advantages, mask, weights, cu_seqlens, ref_log_probs, rollout_weights,
-            entropy_mask, sequence_mask: as for :func:`dl_norm.policy_loss`.
+            rollout_log_probs, rollout_correction, rollout_mean_weight, entropy_mask,
+            sequence_mask: as for :func:`dl_norm.policy_loss`. Given ``old_log_probs`` a rollout
+            correction is known before the logits are read, and rows that it drops are left out
+            like those of advantage 0. Without them the kernel corrects by its own log-probs, one
+            token at a time: what needs a whole sequence is refused.
         temperature: > 0, of the policy that sampled.
         in_place: write the gradient over ``logits``, so that there is no second (B, T, V) buffer.
             The logits are lost to the caller. They must be contiguous and not a leaf that
@@ -108,7 +112,7 @@ def logits_policy_loss(
     check_logits("logits", logits, "V")
     check_flag(in_place, "in_place")
     wanted = Wanted(entropy, return_log_probs, return_metrics)
-    settings, rows = make_row_call(
+    settings, rows, rollout_sums = make_row_call(
         "logits_policy_loss", logits, token_ids,
         dict(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
@@ -124,7 +128,7 @@ def logits_policy_loss(
     results = LogitsPolicyLossFunction.apply(
         logits, rows, settings, implementation_for(impl, logits), in_place, write_grad
     )
-    return wanted.outputs(results, token_ids.shape, weights, settings.extra_names)
+    return wanted.outputs(results, token_ids.shape, weights, settings, rollout_sums)
 
 
 def _check_in_place(logits: Tensor) -> None:

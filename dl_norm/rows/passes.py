@@ -34,7 +34,7 @@ def logits_forward(
     rows, half = half_scale(rows, torch.float32 if grad is None else grad.dtype)
     outputs = RowOutputs.zeros(rows.count, settings, logits.device)
     implementation(impl).logits_pass(logits, grad, rows, 0, settings, outputs)
-    return _collect(outputs, half, impl)
+    return _collect(outputs, half, settings, impl)
 
 
 def linear_forward(
@@ -54,7 +54,7 @@ def linear_forward(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, settings, plan,
         implementation(impl).logits_pass, needed,
     )  # fmt: skip
-    loss, *rest = _collect(outputs, half, impl)
+    loss, *rest = _collect(outputs, half, settings, impl)
     if plan.overflow is not None:
         loss = torch.where(plan.overflow, torch.nan, loss)
     # float16 stays in float32 until backward has scaled it; elsewhere nothing is gained by that.
@@ -92,8 +92,9 @@ def log_probs_forward(
     return outputs.log_probs, entropy
 
 
-def _collect(outputs: RowOutputs, half: Tensor, impl: str) -> Forward:
-    loss, sums = implementation(impl).reduce_partials(outputs.partials)
+def _collect(outputs: RowOutputs, half: Tensor, settings: RowSettings, impl: str) -> Forward:
+    reduce_partials = implementation(impl).reduce_partials
+    loss, sums = reduce_partials(outputs.partials, settings.with_rollout)
     if half.numel():
         loss = loss / half
     entropy = loss.new_empty(0) if outputs.entropy is None else outputs.entropy

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..checks import values_are_free
 from ..options import TokenLoss, kind_of, num_sums
+from ..rollout import NO_ROLLOUT
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TokenRows:
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     policy_weights: Tensor | None = None  # 0 where there is no policy term
+    rollout_log_probs: Tensor | None = None  # of a correction by the log-probs of the pass
 
     @property
     def count(self) -> int:
@@ -53,6 +55,7 @@ class TokenRows:
         return Batch(
             log_probs[:, None], column(self.old_log_probs), column(self.ref_log_probs),
             self.advantages[:, None], None, column(self.policy_weights), self.weights, None,
+            column(self.rollout_log_probs),
         )  # fmt: skip
 
 
@@ -72,6 +75,11 @@ class RowSettings:
     @property
     def extra_names(self) -> tuple[str, ...]:
         return () if self.terms is None else kind_of(self.terms).extra_names
+
+    @property
+    def with_rollout(self) -> bool:
+        """Whether the pass counts what a rollout correction does."""
+        return self.terms is not None and self.terms.rollout != NO_ROLLOUT
 
 
 @dataclass(frozen=True)
@@ -128,4 +136,5 @@ def make_rows(batch: Batch, token_ids: Tensor, skip_zero_advantages: bool) -> To
         old_log_probs=flat(batch.old_log_probs),
         ref_log_probs=flat(batch.ref_log_probs),
         policy_weights=policy_weights,
+        rollout_log_probs=flat(batch.rollout_log_probs),
     )

@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 import dl_norm
 from dl_norm.aggregations import AGGREGATIONS, Method
 
+from ..rollout import trl as trl_correction
 from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
 from .fused_head import add_loss_head, loss_of_gradient
 from .metrics import MetricRecords, loss_record, vespo_old_log_probs
@@ -239,16 +240,19 @@ class DeltaLGRPOTrainer(GRPOTrainer):
 
     def _loss_arguments(self, inputs, mask, weights) -> dict[str, Any]:
         """What ``policy_loss`` and ``linear_policy_loss`` are told before log-probs are known."""
-        rollout_weights = None
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            rollout_weights = _without_dim_of_one(inputs["importance_sampling_ratio"])
+        correction = trl_correction(self)
+        rollout: dict[str, Any] = {}
+        if correction is not None:
+            # What TRL has made of these, inputs["importance_sampling_ratio"], is not read.
+            rollout["rollout_log_probs"] = inputs["sampling_per_token_logps"]
+            rollout["rollout_correction"] = correction
         return {
             "old_log_probs": inputs.get("old_per_token_logps"),  # None: on-policy, the ratio is 1
             "advantages": _without_dim_of_one(inputs["advantages"]),
             "mask": mask,
             "weights": weights,
             "ref_log_probs": inputs.get("ref_per_token_logps"),
-            "rollout_weights": rollout_weights,
+            **rollout,
             **policy_loss_options(self.args),
         }
 

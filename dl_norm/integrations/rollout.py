@@ -1,0 +1,138 @@
+"""The trainers' settings for the gap between rollout and training, as a RolloutCorrection.
+
+One function a trainer, of the trainer's own settings (an object or a mapping). Each says what of
+them has no counterpart, and raises for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..rollout import Reject, RolloutCorrection
+
+
+def trl(args: Any) -> RolloutCorrection | None:
+    """Of TRL's ``GRPOConfig``: ``vllm_importance_sampling_mode``, ``..._clip_min`` and
+    ``..._clip_max``.
+
+    None where ``use_vllm`` or ``vllm_importance_sampling_correction`` is off. A token that vLLM has
+    not scored is not clamped to the bounds: it weighs 1.
+    """
+    if not (args.use_vllm and args.vllm_importance_sampling_correction):
+        return None
+    level, _, mode = args.vllm_importance_sampling_mode.partition("_")
+    return RolloutCorrection(
+        level, mode, *_bounds(
+            args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        )
+    )  # fmt: skip
+
+
+def verl(config: Any) -> RolloutCorrection:
+    """Of verl's ``algorithm.rollout_correction``: ``rollout_is``, ``rollout_is_threshold``,
+    ``rollout_rs``, ``rollout_rs_threshold``.
+
+    ``rollout_is_batch_normalize`` is :func:`dl_norm.rollout_mean_weight` of the whole batch. In
+    bypass mode ``old_log_probs`` is None, as the weights are those of the current policy.
+    """
+    level, mode, low, high = _get(config, "rollout_is", None), "truncate", 0.0, math.inf
+    if level is not None:
+        threshold = str(_get(config, "rollout_is_threshold", 2.0)).strip()
+        if "_" in threshold:
+            mode, (low, high) = "mask", map(float, threshold.split("_", 1))
+        else:
+            high = float(threshold)
+    return RolloutCorrection(level or "none", mode, low, high, reject=_verl_rejects(config))
+
+
+def _verl_rejects(config: Any) -> tuple[Reject, ...]:
+    names = [name.strip() for name in (_get(config, "rollout_rs", None) or "").split(",")]
+    names = list(dict.fromkeys(filter(None, names)))
+    if not names:
+        return ()
+    given = _get(config, "rollout_rs_threshold", None)
+    if given is None:
+        raise ValueError(f"verl's rollout_rs={','.join(names)} needs rollout_rs_threshold")
+    thresholds = [part.strip() for part in str(given).split(",") if part.strip()]
+    if len(thresholds) == 1:
+        thresholds *= len(names)
+    rejects = []
+    for name, threshold in zip(names, thresholds, strict=True):
+        over, _, statistic = name.removeprefix("seq_").rpartition("_")
+        if statistic == "k1":
+            # Its k1 is -d: bounds of the inverse ratio.
+            lower, _, upper = threshold.rpartition("_")
+            high = float(upper)
+            low = float(lower) if lower else 1.0 / high
+            rejects.append(Reject("k1", over, 1.0 / high, 1.0 / low))
+        else:
+            rejects.append(Reject(statistic, over, high=float(threshold)))
+    return tuple(rejects)
+
+
+def skyrl(config: Any) -> RolloutCorrection:
+    """Of SkyRL's ``trainer.algorithm.off_policy_correction``.
+
+    Raises:
+        ValueError: a token mask beside a weight or a mask of sequences: SkyRL leaves the masked
+            tokens out of the sequence's sum.
+    """
+    level = _get(config, "tis_ratio_type", None)
+    metric = _get(config, "sequence_mask_metric", None)
+    high = math.inf if level is None else _get(config, f"{level}_tis_ratio_clip_high", None)
+    rejects = []
+    outliers = _pair(config, "outlier_token_is_threshold")
+    if outliers != (None, None):
+        rejects.append(Reject("k1", "max", *_bounds(*outliers)))
+    tokens = _pair(config, "token_mask_is_threshold")
+    if None not in tokens:
+        if level == "sequence" or metric is not None:
+            raise ValueError(
+                "SkyRL's token_mask_is_threshold_* beside tis_ratio_type='sequence' or "
+                "sequence_mask_metric leaves the masked tokens out of the sequence's ratio, which "
+                "dl_norm.RolloutCorrection does not: use one of them"
+            )
+        rejects.append(Reject("k1", "token", *tokens))
+    if metric is not None:
+        over, bounds = {"geometric": ("mean", "geo_mask"), "product": ("sum", "product_mask")}[
+            metric
+        ]
+        rejects.append(Reject("k1", over, *_pair(config, bounds)))
+    return RolloutCorrection(level or "none", high=high, reject=tuple(rejects))
+
+
+def nemo_rl(config: Any) -> RolloutCorrection | None:
+    """Of NeMo-RL's ``ClippedPGLossConfig``: ``use_importance_sampling_correction``,
+    ``truncated_importance_sampling_type``, ``..._ratio``, ``..._ratio_min``,
+    ``sequence_level_importance_ratios``.
+
+    None where the correction is off. A token without a rollout log-prob (NaN) weighs 1 here and 0
+    there.
+    """
+    if not _get(config, "use_importance_sampling_correction", False):
+        return None
+    level = "sequence" if _get(config, "sequence_level_importance_ratios", False) else "token"
+    kind = _get(config, "truncated_importance_sampling_type", None)
+    prefix = "truncated_importance_sampling_ratio"
+    low, high = _bounds(_get(config, f"{prefix}_min", None), _get(config, prefix, None))
+    if high == math.inf or kind is None:
+        return RolloutCorrection(level)
+    if kind == "seq-mask-tis":
+        return RolloutCorrection(level, reject=Reject("k1", "mean", low, high))
+    return RolloutCorrection(level, {"tis": "truncate", "icepop": "mask"}[kind], low, high)
+
+
+def _get(config: Any, name: str, default: Any) -> Any:
+    if isinstance(config, Mapping):
+        return config.get(name, default)
+    return getattr(config, name, default)
+
+
+def _pair(config: Any, prefix: str) -> tuple[Any, Any]:
+    return _get(config, f"{prefix}_low", None), _get(config, f"{prefix}_high", None)
+
+
+def _bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    return 0.0 if low is None else low, math.inf if high is None else high
