@@ -4,7 +4,7 @@ A token loss is a function of one token's log-prob, ratio and advantage, and of 
 returns the loss, its derivative by the log of the ratio, its derivative by the log-prob past the
 ratio, and whether the ratio was clipped at its low and at its high end; a token loss of a user may
 return further values, which are summed over the tokens. All have the shape of the ratio: a scalar
-or a block. Its host side, of the same name, is in dl_norm/surrogates.py.
+or a block. Its host side, of the same name, is in dl_norm/surrogates/.
 """
 
 from typing import Any, NamedTuple

@@ -6,7 +6,7 @@ import ast
 import math
 from collections.abc import Callable, Mapping
 
-from .surrogate_base import Surrogate
+from .base import Surrogate
 
 
 def read(text: str, known: Mapping[str, Callable[..., Surrogate]]) -> Surrogate:
