@@ -60,6 +60,13 @@ def surrogate(formula: Callable[..., Any], **settings: float) -> FormulaSurrogat
     return FormulaSurrogate(formula, _checked_settings(formula, settings))
 
 
+# What of a FormulaSurrogate is the same at all settings. By name, for torch.compile of PyTorch 2.10.
+_OF_FORMULA = (
+    "_program", "_closed_form", "_source", "_name", "kind", "extra_names", "uses_log_prob",
+    "scales_with_advantage", "ratio_is_constant",
+)  # fmt: skip
+
+
 class FormulaSurrogate(Surrogate):
     """What :func:`surrogate` makes. Equal if formula, settings and what was traced are equal.
 
@@ -104,7 +111,8 @@ class FormulaSurrogate(Surrogate):
     def with_settings(self, **values: float) -> FormulaSurrogate:
         """The same formula at other settings; nothing is traced again."""
         other = object.__new__(FormulaSurrogate)
-        vars(other).update(vars(self))
+        for name in _OF_FORMULA:
+            setattr(other, name, getattr(self, name))
         other._key = self._key[0], tuple(values.items())
         other._settings = self._program.settings(values)
         return other

@@ -151,7 +151,7 @@ def logits_policy_loss_kernel(
     rows as far from a 16-byte boundary as those of LOGITS, and may be LOGITS.
 
     PARTIALS is (1, N), or with METRICS (10 + NUM_EXTRAS, N), in the order of
-    policy_loss_fwd_kernel, one column a token. What is absent is None; without ``terms`` only the
+    policy_loss_fwd_kernel, one column a token. What is absent is None; without weights only the
     log-prob and the entropy are written. A row that is not active is not read, its gradient is 0,
     and LOG_PROBS, ENTROPY and PARTIALS keep what they hold.
     """
@@ -219,7 +219,7 @@ def logits_policy_loss_kernel(
         tl.store(LOG_PROBS + n, log_prob)
         if ENTROPY is not None:
             tl.store(ENTROPY + n, (log2_total - dot / total) * LN_2)
-        if terms is not None:
+        if tokens.weights is not None:
             advantage = tl.load(tokens.advantages + n)
             if tokens.old_log_probs is not None:
                 raw = log_prob - tl.load(tokens.old_log_probs + n)
@@ -240,8 +240,8 @@ def logits_policy_loss_kernel(
                     policy_weight *= correction
                 else:
                     policy_weight = correction
-            ref_log_prob = log_prob
-            if terms.kl is not None:
+            ref_log_prob = None
+            if tokens.ref_log_probs is not None:
                 ref_log_prob = tl.load(tokens.ref_log_probs + n)
             loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
                 terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob

@@ -180,6 +180,8 @@ def _tile_loss(
         policy_weight = _of_sequence(POLICY_WEIGHTS, seq, later, lane)
     elif tokens.policy_weights is None:
         policy_weight = None
+    if tokens.ref_log_probs is None:
+        ref_log_prob = None
     if tokens.rollout_log_probs is not None:
         behind = _if_present(tokens.old_log_probs, old_log_prob, log_prob)
         log_weight, unscored = rollout_log_ratio(terms.rollout, behind, rollout)
@@ -431,8 +433,8 @@ def policy_loss_sequence_kernel(
                 if ROLLOUTS is not None:
                     correction *= of_sequence
                 policy_weight = _product(policy_weight, correction)
-            ref_log_prob = like
-            if terms.kl is not None:
+            ref_log_prob = None
+            if tokens.ref_log_probs is not None:
                 ref_log_prob = _load_counted(tokens.ref_log_probs, position + lane, counted)
             term = token_terms(
                 terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob

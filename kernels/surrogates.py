@@ -254,7 +254,7 @@ def token_kl(kl, d, ratio):
 @triton.jit
 def token_terms(terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob):
     """The policy term of a token and its KL term. ``terms``: of :class:`TokenTerms`;
-    policy_weight may be None, and without terms.kl ref_log_prob is not looked at.
+    policy_weight and ref_log_prob may be None.
 
     Returns loss, derivative through the ratio, derivative past it, clipped low, clipped high, KL,
     and the further values of the token loss.
@@ -268,7 +268,7 @@ def token_terms(terms, log_prob, ratio, outside, advantage, policy_weight, ref_l
         through_ratio = tl.where(kept, policy_weight * through_ratio, 0.0)
         past_ratio = tl.where(kept, policy_weight * past_ratio, 0.0)
     kl = tl.zeros_like(loss)
-    if terms.kl is not None:
+    if ref_log_prob is not None:  # Triton 3.6 cannot compare a tuple with None in it
         kl, kl_grad = token_kl(terms.kl, ref_log_prob - log_prob, ratio)
         # Where the reference is read for its metric alone, not 0 * inf.
         asked_for = terms.kl.beta > 0

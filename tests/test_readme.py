@@ -101,6 +101,7 @@ def test_contributing_names_every_module() -> None:
         "dl_norm/kept",
         "dl_norm/log_probs",
         "dl_norm/rows",
+        "dl_norm/surrogates",
         "dl_norm/weights",
         "dl_norm/kernels",
         "bench",

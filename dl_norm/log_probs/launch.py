@@ -84,16 +84,19 @@ def policy_loss_fwd(
     cu_seqlens = contiguous(batch.cu_seqlens, sequences + 1)
     length = tokens if cu_seqlens is not None else log_probs.shape[1]
     of_token = device_terms(terms, batch.ref_log_probs is not None, batch.rollout_log_probs)
-    through_ratio = of_token if _corrected(batch, terms) else of_token._replace(kl=None)
     config = tile_config(log_probs.element_size(), target().warp_size)
     programs = -(-tokens // config.block)
     partials = torch.empty((1 + len(sums), programs), dtype=torch.float32, device=device)
     means, ratio_grads, rollouts = _outputs_of_sequences(batch, of_tokens, terms, write_grad)
     with torch.accelerator.device_index(device.index):
         if means is not None or ratio_grads is not None or rollouts is not None:
+            # Of the KL term only a correction has a part in the derivative through the ratio.
+            through_ratio = of_tokens
+            if not _corrected(batch, terms):
+                through_ratio = of_tokens._replace(ref_log_probs=None)
             policy_loss_sequence_kernel[(sequences,)](
-                of_tokens, advantages, policy_weights, cu_seqlens, means, ratio_grads,
-                rollouts, tokens, length, through_ratio, MEAN=terms.ratio_level != "sequence_sum",
+                through_ratio, advantages, policy_weights, cu_seqlens, means, ratio_grads,
+                rollouts, tokens, length, of_token, MEAN=terms.ratio_level != "sequence_sum",
                 BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](

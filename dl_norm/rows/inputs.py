@@ -46,8 +46,8 @@ class Wanted:
     return_metrics: bool
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            check_flag(value, name)
+        for name in ("entropy", "return_log_probs", "return_metrics"):
+            check_flag(getattr(self, name), name)
 
     @property
     def anything(self) -> bool:

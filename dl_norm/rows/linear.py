@@ -27,6 +27,13 @@ from .inputs import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
 
+# Asked here, as torch.compile of PyTorch 2.10 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(device)
+)
+
 
 @overload
 def linear_policy_loss(  # pyright: ignore[reportOverlappingOverload]
@@ -200,13 +207,12 @@ def _check_parameter(
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager:
     """A meta device has none to leave."""
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext()
 
 
 def whole_head(

@@ -63,7 +63,10 @@ def token_log_probs(
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
     if lm_head_weight is None:
         check_logits("hidden_or_logits", hidden_or_logits, "V")
-        for name, value in (("bias", bias), ("kept", kept), *vars(chunks).items()):
+        for name, value in (
+            ("bias", bias), ("kept", kept), ("chunk_size", chunk_size), ("max_tokens", max_tokens),
+            ("fp32_logits", fp32_logits), ("compact", compact),
+        ):  # fmt: skip
             if value is not None and value is not False:
                 raise ValueError(f"{name} has no effect on logits: pass lm_head_weight or drop it")
         vocabulary = hidden_or_logits.shape[-1]
