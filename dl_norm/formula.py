@@ -60,7 +60,7 @@ def surrogate(formula: Callable[..., Any], **settings: float) -> FormulaSurrogat
     return FormulaSurrogate(formula, _checked_settings(formula, settings))
 
 
-# What of a FormulaSurrogate is the same at all settings. By name, for torch.compile of PyTorch 2.10.
+# What of it is the same at all settings; by name, as torch.compile of PyTorch 2.10 traces them.
 _OF_FORMULA = (
     "_program", "_closed_form", "_source", "_name", "kind", "extra_names", "uses_log_prob",
     "scales_with_advantage", "ratio_is_constant",

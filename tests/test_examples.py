@@ -66,7 +66,7 @@ def test_own_surrogate() -> None:
 )
 def test_fsdp2() -> None:
     output = output_of("fsdp2")
-    assert output.startswith("2 processes")
+    assert "2 processes" in output  # gloo of PyTorch 2.10 writes there too
     assert numbers(r"gradient of one: (\S+)", output)[0] < 1e-7
 
 
