@@ -43,6 +43,7 @@ from triton.runtime.driver import driver
 
 import dl_norm
 from dl_norm.batch import Batch
+from dl_norm.kernels.logits_policy_loss import RowTokens
 from dl_norm.kernels.policy_loss import TokenStreams
 from dl_norm.kernels.surrogates import KLTerms, TokenTerms
 from dl_norm.kl import K3, KL
@@ -58,8 +59,10 @@ TARGETS = {
 }
 FWD, REDUCE, BWD = "policy_loss_fwd_kernel", "policy_loss_reduce_kernel", "policy_loss_bwd_kernel"
 SEQUENCE = "policy_loss_sequence_kernel"
+ROWS = "logits_policy_loss_kernel"
 # Of the tuples among their arguments.
-FIELDS = {"tokens": TokenStreams._fields, "terms": TokenTerms._fields, "terms.kl": KLTerms._fields}
+FIELDS = {"terms": TokenTerms._fields, "terms.kl": KLTerms._fields}
+TOKENS = {ROWS: RowTokens._fields}
 
 
 @triton.jit
@@ -295,11 +298,12 @@ def constants(launched: Launch) -> dict[str, Any]:
     """What the kernel is compiled for: its constexpr arguments, and None for what is absent. A part
     of a tuple is called by its name or number: ``tokens.mask``, ``terms.surrogate.0``."""
     arguments = launched.source.fn.arg_names
+    fields = {**FIELDS, "tokens": TOKENS.get(launched.kernel, TokenStreams._fields)}
     found = {}
     for (first, *rest), value in launched.source.constants.items():
         name = arguments[first]
         for part in rest:
-            name += f".{FIELDS[name][part] if name in FIELDS else part}"
+            name += f".{fields[name][part] if name in fields else part}"
         found[name] = getattr(value, "__name__", value)
     return found
 
