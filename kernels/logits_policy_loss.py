@@ -140,7 +140,7 @@ def _store_grad(PTR, logits, wanted, scale, reference, factor, slope, softcap):
 # As in policy_loss.py nothing is specialised on values: one compiled kernel for every T, V, slice
 # and setting. Tensors are always aligned: of the logits a row finds its own vectors.
 @triton.jit(
-    do_not_specialize=["offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt"],
+    do_not_specialize=["offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt", "shard"],
     do_not_specialize_on_alignment=[
         "LOG_PROBS", "ENTROPY", "SQUARES", "PARTIALS", "OUT_SUMS", "sums",
     ],
@@ -236,7 +236,11 @@ def logits_policy_loss_kernel(
             # In a sum of exp(z - reference) the reference need not be the largest z, only so near
             # to it that nothing overflows, and not above it.
             guess = _load(INTERIOR + lane, lane < interior, softcap, KEEP)
-            guess = tl.maximum(tl.max(tl.max(guess, axis=1), axis=0), token_logit)
+            guess = tl.max(tl.max(guess, axis=1), axis=0)
+            if shard is not None:
+                guess = tl.maximum(guess, tl.where(is_here, token_logit, float("-inf")))
+            else:
+                guess = tl.maximum(guess, token_logit)
             reference = tl.maximum(guess * scale, LOWEST)
             total, dot, squares = _row_sums(
                 INTERIOR, LOGITS + edge, lane, rest, in_edge, parts, scale, reference, softcap,

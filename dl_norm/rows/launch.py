@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ def row_sums(
     logits: Tensor, rows: TokenRows, first_row: int, settings: RowSettings, sums: Tensor
 ) -> None:
     """What :func:`dl_norm.rows.closed_form.row_sums` does, in one launch."""
+    # Without the loss: one kernel serves all of them. The outputs only say that they are wanted.
+    rows = TokenRows(rows.token_ids, rows.active, entropy_weights=rows.entropy_weights)
+    settings = replace(settings, terms=None, metrics=False)
     outputs = RowOutputs.zeros(0, settings, logits.device)
     _launch(logits, None, rows, first_row, settings, outputs, sums, None)
 
@@ -90,7 +93,7 @@ def _launch(
     # Left alone, ptxas fits some kernels into 32 registers: a second program on a multiprocessor
     # then drives the first one's row out of the cache, and some registers into memory.
     limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
-    terms = settings.terms if out_sums is None else None
+    terms = settings.terms
     tokens = RowTokens(*(aligned(getattr(rows, name), rows.count) for name in RowTokens._fields))
     shard = settings.shard
     with torch.accelerator.device_index(logits.device.index):
