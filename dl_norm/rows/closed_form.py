@@ -35,7 +35,7 @@ def logits_pass(
     the rows; None where they are whole.
     """
     if grad is not None:
-        grad = grad.view(-1, logits.shape[-1])
+        grad = grad.view(logits.shape[:-1].numel(), logits.shape[-1])
         _zero(grad, (~_active(logits, rows, first_row)).nonzero()[:, 0])
     for source, where, probs, work in _row_blocks(logits, rows, first_row, settings):
         target = None
@@ -96,7 +96,7 @@ def _row_blocks(
     row_length = logits.shape[-2]
     indices = _active(logits, rows, first_row).nonzero()[:, 0]
     if logits.is_contiguous():
-        logits = logits.view(-1, vocabulary)
+        logits = logits.view(logits.shape[:-1].numel(), vocabulary)  # which may be 0 of a part
     size = max(1, _BLOCK_ELEMENTS // max(1, vocabulary))
     # Of every block in turn: memory that is new each time costs as much as a pass over it.
     shape = (min(size, indices.shape[0]), vocabulary)
