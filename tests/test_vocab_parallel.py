@@ -5,12 +5,16 @@ float32 in another order.
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import dl_norm
+from dl_norm.options import make_token_loss
+from dl_norm.rows.passes import implementation
+from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows, VocabShard
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
@@ -20,6 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+# Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
 IMPLEMENTATIONS = ("torch", "triton")
 SEQUENCES, TOKENS, SIZE = 3, 5, 8
 HEAD = {"chunk_size": 4, "temperature": 0.8, "eps_high": 0.3}
@@ -34,7 +40,7 @@ CASES = {
     "few rows": (24, None, {**HEAD, "max_tokens": 12}),
     "compact, KL": (21, None, {**HEAD, **BONUS, "compact": True, "beta": 0.1}),
     "all count": (24, None, {**HEAD, "all count": True}),
-    "plain": (24, None, {"chunk_size": 64, "nothing seen": True}),
+    "plain": (24, None, {"chunk_size": 64, "temperature": 0.8, "nothing seen": True}),
 }
 
 
@@ -44,14 +50,18 @@ def make_batch(vocabulary):
     mask = torch.arange(TOKENS) < torch.tensor([5, 3, 2])[:, None]
     batch = {
         "hidden": torch.randn(*shape, SIZE, generator=random),
-        "lm_head_weight": torch.randn(vocabulary, SIZE, generator=random),
+        # Log-probs down to -8: one of -16 is rounded by 1e-6, and with it the ratio.
+        "lm_head_weight": 0.5 * torch.randn(vocabulary, SIZE, generator=random),
         "bias": torch.randn(vocabulary, generator=random),
         "token_ids": torch.randint(vocabulary, shape, generator=random),
-        "old_log_probs": -2.5 + 0.5 * torch.randn(shape, generator=random),
         "advantages": torch.tensor([1.0, -0.7, 0.0]),
         "mask": mask,
         "weights": torch.tensor([0.2, 0.3, 0.5]),
     }
+    # Near the log-probs, as old ones are: a ratio of 12 makes 12 times their rounding.
+    logits = batch["hidden"] @ batch["lm_head_weight"].T + batch["bias"]
+    log_probs = (logits / 0.8).log_softmax(-1).gather(-1, batch["token_ids"][..., None])[..., 0]
+    batch["old_log_probs"] = log_probs + 0.3 * torch.randn(shape, generator=random)
     batch["ref_log_probs"] = batch["old_log_probs"] + 0.1
     return batch
 
@@ -303,6 +313,86 @@ def with_fsdp(rank):
         grads = [parameter.grad.full_tensor() for parameter in model.parameters()]
         results["fsdp2", name] = grads
     return results
+
+
+# --- without processes: the two launches of a part, and the sums added up here ---
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [(40, 40), (0, 37, 30003)])
+def test_few_cases_of_parts(parts, dtype, impl, device):
+    """Against one pass over whole rows, entropy in the loss and all outputs."""
+    random = torch.Generator().manual_seed(7)
+    count, vocabulary = 3, sum(parts)
+    whole = (3 * torch.randn(count, vocabulary, generator=random)).to(device, dtype)
+    ids = torch.tensor([0, vocabulary - 1, 38], device=device)
+    values = [torch.rand(count, generator=random).to(device) for _ in range(3)]
+    active = torch.tensor([True, True, False], device=device)
+    rows = TokenRows(ids, active, *values[:2], entropy_weights=values[2])
+    settings = RowSettings(0.7, 5.0, make_token_loss(), True, True, True)
+    module = implementation(impl)
+    expected, wanted = RowOutputs.zeros(count, settings, device), torch.empty_like(whole)
+    module.logits_pass(whole, wanted, rows, 0, settings, expected)
+
+    found, first = [], 0
+    for size in parts:
+        shard = VocabShard("group", first, vocabulary)
+        part = whole[:, first : first + size].clone()
+        sums = torch.zeros(5, count, device=device)
+        module.row_sums(part, rows, 0, replace(settings, shard=shard), sums)
+        found.append((part, shard, sums))
+        first += size
+    together = combined(
+        [sums.double() for *_, sums in found], module.reference_scale(settings), ids, parts
+    )
+    for part, shard, _ in found:
+        outputs = RowOutputs.zeros(count, settings, device)
+        grad = torch.full_like(part, torch.nan)
+        mine = replace(settings, shard=shard)
+        module.logits_pass(part, grad, rows, 0, mine, outputs, together.float())
+        for name in ("log_probs", "entropy", "sum_sq_probs", "partials"):
+            torch.testing.assert_close(
+                getattr(outputs, name), getattr(expected, name), rtol=2e-6, atol=3e-6
+            )
+        true = wanted[:, shard.first : shard.first + part.shape[1]]
+        rounding = 0.0 if dtype == torch.float32 else 2.0**-7
+        error = (grad.double() - true.double()).abs() - rounding * true.double().abs()
+        assert error.numel() == 0 or error.max() <= 3e-6 * wanted.abs().max()
+
+
+def combined(all_sums, scale, ids, parts):
+    """By the definition of the sums, in float64."""
+    reference = torch.stack([sums[0] for sums in all_sums]).amax(0)
+    own = torch.zeros_like(reference)
+    rest = torch.zeros_like(all_sums[0][2:])
+    first = 0
+    for sums, size in zip(all_sums, parts, strict=True):
+        shift = ((sums[0] - reference) * scale).clamp(min=-300)
+        is_here = (ids >= first) & (ids < first + size)
+        own += torch.where(is_here, sums[1] + shift, 0.0)
+        total, dot, squares = sums[2:]
+        terms = total, dot + shift * total, squares * shift.exp2()
+        rest += torch.stack(terms) * shift.exp2()
+        first += size
+    return torch.cat([reference[None], own[None], rest])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_an_id_that_is_nowhere_has_no_loss(impl, device):
+    """On a GPU it cannot raise without a sync: the loss is NaN, whatever it depends on."""
+    rows = TokenRows(
+        torch.tensor([7, 12], device=device), torch.ones(2, dtype=torch.bool, device=device),
+        *(torch.ones(2, device=device) for _ in range(2)),
+    )  # fmt: skip
+    shard = VocabShard("group", 4, 12)
+    settings = RowSettings(terms=make_token_loss(), shard=shard)
+    sums = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [8.0, 8.0]], device=device)
+    outputs = RowOutputs.zeros(2, settings, device)
+    module = implementation(impl)
+    module.logits_pass(torch.zeros(2, 4, device=device), None, rows, 0, settings, outputs, sums)
+    assert outputs.log_probs[0].isfinite() and outputs.log_probs[1].isnan()
+    assert outputs.partials.sum().isnan()
 
 
 # --- what they found, against one process ---
