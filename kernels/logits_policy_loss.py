@@ -34,13 +34,6 @@ class RowTokens(NamedTuple):
     entropy_weights: Any  # of the entropy in the loss, its coefficient in them
 
 
-class Shard(NamedTuple):
-    """The logits of a row that are here, where its vocabulary is spread over processes."""
-
-    first: Any  # the token id of the first of them
-    vocabulary: Any  # how many there are in all
-
-
 @triton.jit
 def _soft_cap(logits, softcap):
     """softcap * tanh(logits / softcap), or the logits without a soft cap"""
@@ -140,7 +133,9 @@ def _store_grad(PTR, logits, wanted, scale, reference, factor, slope, softcap):
 # As in policy_loss.py nothing is specialised on values: one compiled kernel for every T, V, slice
 # and setting. Tensors are always aligned: of the logits a row finds its own vectors.
 @triton.jit(
-    do_not_specialize=["offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt", "shard"],
+    do_not_specialize=[
+        "first_id", "vocabulary", "offset", "first_row", "rows", "T", "V", "stride_lb", "stride_lt",
+    ],
     do_not_specialize_on_alignment=[
         "LOG_PROBS", "ENTROPY", "SQUARES", "PARTIALS", "OUT_SUMS", "sums",
     ],
@@ -155,7 +150,8 @@ def logits_policy_loss_kernel(
     PARTIALS,
     OUT_SUMS,
     sums,
-    shard,
+    first_id,
+    vocabulary,
     offset: tl.int64,
     first_row: tl.int64,
     rows: tl.int64,
@@ -180,11 +176,12 @@ def logits_policy_loss_kernel(
     None; without ``terms`` there are no PARTIALS. A row that is not active is not read, its
     gradient is 0, and LOG_PROBS, ENTROPY, SQUARES and PARTIALS keep what they hold.
 
-    Where a row is spread over processes, ``shard`` is the part that is here and there are two
-    launches. The first writes its sums into OUT_SUMS, (3 to 5, N), and nothing else: reference,
-    the exponent of the token's own logit (0 where it is not here), sum of exp2, for ENTROPY that of
-    exponents, for SQUARES that of squares. The second takes what they are over all processes as
-    ``sums``, and passes over the row but once.
+    Where a row is spread over processes, ``first_id`` is the token id of the first logit that is
+    here, ``vocabulary`` how many there are in all, and there are two launches. The first writes its
+    sums into OUT_SUMS, (3 to 5, N), and nothing else: reference, the exponent of the token's own
+    logit (0 where it is not here), sum of exp2, for the entropy that of exponents times exp2, for
+    SQUARES that of squares. The second takes what they are over all processes as ``sums``, and
+    passes over the row but once.
     """
     pid = tl.program_id(0).to(tl.int64)
     n = first_row + pid
@@ -221,9 +218,9 @@ def logits_policy_loss_kernel(
     token_id = tl.full([], -1, tl.int64)
     if tl.load(tokens.active + n):
         token_id = tl.load(tokens.token_ids + n).to(tl.int64)
-        if shard is not None:
-            in_vocabulary = (token_id >= 0) & (token_id < shard.vocabulary)
-            token_id -= shard.first
+        if first_id is not None:
+            in_vocabulary = (token_id >= 0) & (token_id < vocabulary)
+            token_id -= first_id
             is_here = (token_id >= 0) & (token_id < V)
         else:
             in_vocabulary = (token_id >= 0) & (token_id < V)
@@ -237,7 +234,7 @@ def logits_policy_loss_kernel(
             # to it that nothing overflows, and not above it.
             guess = _load(INTERIOR + lane, lane < interior, softcap, KEEP)
             guess = tl.max(tl.max(guess, axis=1), axis=0)
-            if shard is not None:
+            if first_id is not None:
                 guess = tl.maximum(guess, tl.where(is_here, token_logit, float("-inf")))
             else:
                 guess = tl.maximum(guess, token_logit)

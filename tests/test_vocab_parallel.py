@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import dl_norm
 from dl_norm.options import make_token_loss
+from dl_norm.rows import vocab_parallel
 from dl_norm.rows.passes import implementation
 from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows, VocabShard
 
@@ -24,6 +25,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -175,6 +178,8 @@ def worker(ranks, rank, folder):
     results |= other_entries(rank, ranks, group, mesh)
     results["traffic"] = traffic(rank, ranks, group)
     results["errors"] = errors(rank, ranks, group, mesh)
+    results["as on a GPU"] = other_tokens_without_looking(rank, ranks, group)
+    results["largest"] = largest_tensor(rank, ranks, group)
     if ranks == 4:
         results |= with_fsdp(rank)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -305,6 +310,43 @@ def errors(rank, ranks, group, mesh):
         except (TypeError, ValueError) as error:
             messages[name] = str(error)
     return messages
+
+
+def other_tokens_without_looking(rank, ranks, group):
+    """The loss where ranks have other tokens and no check looks at a value, as on a GPU."""
+    batch = make_batch(24)
+    batch["token_ids"][0, 0] = rank
+    tokens = {n: t for n, t in batch.items() if n not in ("bias", "ref_log_probs")}
+    tokens["lm_head_weight"] = shard(batch["lm_head_weight"], rank, ranks)
+    looks = vocab_parallel.values_are_free
+    vocab_parallel.values_are_free = lambda tensor: False
+    try:
+        log_probs = dl_norm.token_log_probs(
+            *(tokens[n] for n in ("hidden", "token_ids", "lm_head_weight")), tp_group=group
+        )
+        return dl_norm.linear_policy_loss(**tokens, tp_group=group), log_probs
+    finally:
+        vocab_parallel.values_are_free = looks
+
+
+class Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def largest_tensor(rank, ranks, group):
+    """Elements of the largest tensor of a call, and of the shard of the head."""
+    batch = make_batch(400)
+    mine = {**batch, **{n: shard(batch[n], rank, ranks) for n in ("lm_head_weight", "bias")}}
+    options = {"chunk_size": 3, "all count": True, **BONUS}
+    with Largest() as largest:
+        run(mine, options, "torch", tp_group=group)
+    return largest.elements, mine["lm_head_weight"].numel()
 
 
 class Policy(nn.Sequential):
@@ -567,6 +609,20 @@ def test_hidden_gradients_are_summed_beside_the_next_products(results):
         _, events = result["traffic"]["loss"]
         chunk = ["product", "start", "product"], ["product", "start"]
         assert events == [*chunk[0], *chunk[1], "wait", "wait"]
+
+
+def test_ranks_with_other_tokens_have_no_loss(results):
+    """Where a check that raises would synchronise."""
+    for result in results:
+        loss, log_probs = result["as on a GPU"]
+        assert loss.isnan() and log_probs.isnan().all()
+
+
+def test_no_tensor_of_tokens_times_vocabulary(results):
+    """Nor of a shard of it: 15 tokens, and a hidden state of 8."""
+    for result in results:
+        largest, head = result["largest"]
+        assert largest == head
 
 
 ERRORS = {

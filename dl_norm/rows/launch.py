@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..device import target
-from ..kernels.logits_policy_loss import RowTokens, Shard, logits_policy_loss_kernel
+from ..kernels.logits_policy_loss import RowTokens, logits_policy_loss_kernel
 from ..log_probs.launch import aligned, device_terms
 from ..log_probs.launch import reduce_partials as launch_reduce
 from .records import RowOutputs, RowSettings, TokenRows
@@ -100,7 +100,7 @@ def _launch(
         logits_policy_loss_kernel[(programs,)](
             base, tokens, grad, outputs.log_probs, outputs.entropy, outputs.sum_sq_probs,
             outputs.partials, out_sums, sums,
-            Shard(shard.first, shard.vocabulary) if shard.spread else None,
+            shard.first if shard.spread else None, shard.vocabulary if shard.spread else None,
             offset, first_row, rows.count, row_length, logits.shape[-1], strides[0], strides[1],
             1.0 / settings.temperature, settings.softcap,
             None if terms is None else device_terms(terms, rows.ref_log_probs is not None),
