@@ -12,13 +12,13 @@ import codegen  # first: it sets up Triton and the path
 
 # isort: split
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dl_norm.rows.launch import logits_pass
-from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows
+from dl_norm.rows.launch import logits_pass, row_sums
+from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows, VocabShard, with_entropy
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Case:
     kl: Any = codegen.K3
     rollout: str | None = None
     level: str = "token"
+    bonus: bool = False  # the entropy in the loss
+    squares: bool = False  # sum p^2
+    part: str | None = None  # of a vocabulary over processes: "sums" or "given", the two launches
     huge: bool = False  # 4 GB of logits: beyond 32-bit offsets
 
 
@@ -47,7 +50,7 @@ class Case:
 # register pressure is highest.
 _EVERYTHING = {
     "ref": True, "policy_weights": True, "softcap": True, "entropy": True, "metrics": True,
-    "surrogate": "sapo", "corrected": True,
+    "surrogate": "sapo", "corrected": True, "bonus": True, "squares": True,
 }  # fmt: skip
 _FP16 = {"dtype": "float16", "grad": "float16"}
 _FP32 = {"dtype": "float32", "grad": "float32"}
@@ -64,6 +67,13 @@ CASES = (
     Case("bf16 rollout, metrics", old=False, rollout="everything", metrics=True, entropy=True),
     Case("bf16 entropy", entropy=True),
     Case("bf16 metrics", metrics=True),
+    Case("bf16 entropy bonus", bonus=True),
+    Case("bf16 sum of squares", squares=True),
+    Case("bf16 sums of a part", grad=None, part="sums"),
+    Case("bf16 sums of a part, everything", part="sums", **{**_EVERYTHING, "grad": None}),
+    Case("bf16 sums given", part="given"),
+    Case("bf16 sums given, everything", part="given", **_EVERYTHING),
+    Case("bf16 sums given, log-probs", grad=None, loss=False, old=False, part="given"),
     Case("bf16 everything", **_EVERYTHING),
     Case("bf16 everything beyond 2 GiB", huge=True, **_EVERYTHING),
     Case("bf16 no grad", grad=None),
@@ -73,6 +83,9 @@ CASES = (
     Case("fp16 everything", **_FP16, **_EVERYTHING),
     Case("fp32", **_FP32),
     Case("fp32 everything", **_FP32, **_EVERYTHING),
+    Case("fp32 entropy bonus", **_FP32, bonus=True),
+    Case("fp32 sums of a part, everything", "float32", None, part="sums", **_EVERYTHING),
+    Case("fp32 sums given, everything", **_FP32, part="given", **_EVERYTHING),
     Case("fp32 log-probs, entropy", "float32", None, loss=False, old=False, entropy=True),
     Case("fp32 to bf16", dtype="float32"),
     Case("fp32 to bf16 everything", dtype="float32", **_EVERYTHING),
@@ -105,11 +118,19 @@ def launch_case(
         ref_log_probs=tensor(tokens) if case.ref else None,
         policy_weights=tensor(tokens) if case.policy_weights else None,
         rollout_log_probs=tensor(tokens) if case.rollout else None,
+        entropy_weights=tensor(tokens) if case.bonus else None,
     )
     terms: Any = codegen.token_loss(case) if case.loss else None
-    settings = RowSettings(0.7, 30.0 if case.softcap else None, terms, case.metrics, case.entropy)
+    shard = VocabShard("group", 3 * vocabulary, 8 * vocabulary) if case.part else VocabShard()
+    settings = RowSettings(
+        0.7, 30.0 if case.softcap else None, terms, case.metrics, case.entropy, case.squares, shard
+    )
+    sums = tensor(3 + with_entropy(rows, settings) + case.squares, tokens) if case.part else None
+    if case.part == "sums":
+        row_sums(logits, rows, 0, settings, cast(Tensor, sums))
+        return
     outputs = RowOutputs.zeros(tokens, settings, logits.device)
-    logits_pass(logits, grad, rows, 0, settings, outputs)
+    logits_pass(logits, grad, rows, 0, settings, outputs, sums)
 
 
 def compile_case(case: Case, arch: str) -> dict[str, Any]:

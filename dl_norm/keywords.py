@@ -5,7 +5,7 @@ The one explicit signature is that of :func:`dl_norm.policy_loss`; a test holds 
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from .kept.sets import KeptSets
 from .kl import KL
 from .rollout import RolloutCorrection
 from .surrogates import Surrogate
+
+if TYPE_CHECKING:
+    from .rows.shards import TensorParallelGroup
 
 Impl = Literal["triton", "torch"]
 RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_sum"]
@@ -63,21 +66,30 @@ class CallOptions(LossOptions, total=False):
     impl: Impl | None
 
 
-class LogitsOptions(CallOptions, total=False):
-    """And those of the loss over logits."""
+class RowOptions(CallOptions, total=False):
+    """And those of both losses over rows of logits."""
 
     temperature: float
+    entropy_coef: float
+    entropy_weights: Tensor | None
+    tp_group: TensorParallelGroup | None
+    vocab_size: int | None
+
+
+class LogitsOptions(RowOptions, total=False):
+    """And those of the loss over logits."""
+
     in_place: bool
 
 
-class LinearOptions(CallOptions, total=False):
+class LinearOptions(RowOptions, total=False):
     """And those of the loss over hidden states."""
 
     bias: Tensor | None
-    temperature: float
     logit_softcap: float | None
     chunk_size: int | None
     fp32_logits: bool
     max_tokens: int | None
     compact: bool
     kept: KeptSets | None
+    partial_hidden_grad: bool

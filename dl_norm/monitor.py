@@ -49,6 +49,7 @@ def variance_proxy(
     *,
     coefficients: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    sum_sq_probs: Tensor | None = None,
 ) -> Tensor:
     r"""(G,) float32 proxy of |g_i|^2 / A_i^2: sum_t c_it^2 (1 - exp(log_probs_it)), up to a factor.
 
@@ -60,6 +61,10 @@ def variance_proxy(
         coefficients: of that shape; d loss_it / d log_probs_it without advantage and weight, that
             is the ratio where it is not clipped and 0 where it is. None: 1 (on-policy).
         cu_seqlens: (G + 1,) offsets of packed sequences.
+        sum_sq_probs: like ``log_probs``, sum_v p_v^2 of the softmax, an output of the losses over
+            logits or hidden states and of ``token_log_probs``. With it the term of a token is its
+            squared score at the logits, 1 - 2 exp(log_probs) + sum_sq_probs (arXiv:2602.07078), of
+            which 1 - exp(log_probs) is an estimate from one sample.
 
     A sequence without a counted token has proxy 0. No host sync.
 
@@ -73,13 +78,19 @@ def variance_proxy(
         )
     if mask is None and cu_seqlens is None:
         raise ValueError("mask is required for padded (B, T) input: pass a (B, T) tensor")
-    for name, tensor in (("mask", mask), ("coefficients", coefficients)):
+    others = {"mask": mask, "coefficients": coefficients, "sum_sq_probs": sum_sq_probs}
+    for name, tensor in others.items():
         if tensor is not None and tensor.shape != log_probs.shape:
             raise ValueError(
                 f"{name} must be {tuple(log_probs.shape)} like log_probs, got {tuple(tensor.shape)}"
             )
     # expm1: 1 - exp of a log-prob near 0 would keep no digit.
-    terms = -torch.expm1(log_probs.detach().float())
+    log_probs = log_probs.detach().float()
+    terms = -torch.expm1(log_probs)
+    if sum_sq_probs is not None:
+        # (1 - pi)^2, and the squares of the others, which rounding must not make negative.
+        others_squared = sum_sq_probs.detach().float() - (2.0 * log_probs).exp()
+        terms = terms.square() + others_squared.clamp(min=0.0)
     if coefficients is not None:
         terms = terms * coefficients.detach().float().square()
     if mask is not None:
@@ -137,10 +148,14 @@ class VarianceMonitor:
         coefficients: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         groups: Tensor | None = None,
+        sum_sq_probs: Tensor | None = None,
     ) -> None:
         """Take in a batch or a slice of one. Arguments as :func:`variance_proxy`; ``groups`` is
         (G,) integer prompt ids, so that the interval knows which sequences belong together."""
-        proxy = variance_proxy(log_probs, mask, coefficients=coefficients, cu_seqlens=cu_seqlens)
+        proxy = variance_proxy(
+            log_probs, mask, coefficients=coefficients, cu_seqlens=cu_seqlens,
+            sum_sq_probs=sum_sq_probs,
+        )  # fmt: skip
         lengths = sequence_lengths(mask, cu_seqlens)
         if groups is None:
             groups = torch.full_like(lengths, -1)

@@ -54,6 +54,31 @@ def test_is_the_mean_squared_score_of_independent_tokens():
         assert abs(found.mean() - exact) < 4 * error
 
 
+def test_squared_scores():
+    """With sum p^2 a term is the squared score itself; of a certain token it is 0, not less."""
+    random = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(2, 5, 7, generator=random)
+    chosen = torch.randint(7, (2, 5), generator=random)
+    logits[1] = -100.0
+    logits[1].scatter_(1, chosen[1, :, None], 5.0)
+    log_probs = logits.log_softmax(-1)
+    score = torch.nn.functional.one_hot(chosen, 7) - log_probs.exp()
+    squares = log_probs.exp().square().sum(-1)
+    log_probs = log_probs.gather(-1, chosen[..., None])[..., 0]
+    mask = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
+    found = variance_proxy(log_probs, mask, sum_sq_probs=squares)
+    expected = (score.square().sum(-1) * mask).sum(1)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
+    assert found[1] >= 0
+    monitors = VarianceMonitor(), VarianceMonitor()
+    monitors[0].update(log_probs, mask, sum_sq_probs=squares)
+    monitors[1].update(log_probs, mask)
+    for monitor in monitors:
+        monitor.end_batch()
+    proxies = [monitor._batches[0][1] for monitor in monitors]
+    assert torch.equal(proxies[0], found) and not torch.equal(*proxies)
+
+
 def test_keeps_digits_of_a_certain_token():
     log_probs = torch.full((1, 4), -1e-9)
     found = variance_proxy(log_probs, torch.ones_like(log_probs)).item()

@@ -9,7 +9,7 @@ import dl_norm
 from dl_norm.options import make_token_loss
 from dl_norm.rows import autograd as row_autograd
 from dl_norm.rows.chunks import ChunkOptions
-from dl_norm.rows.records import RowSettings, TokenRows
+from dl_norm.rows.records import RowSettings, TokenRows, VocabShard
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -318,7 +318,7 @@ def test_compiled_in_place_is_refused(make):
 # Every test of torch.library.opcheck: schema (nothing is written to, no output is an input),
 # autograd registration, fake outputs, and AOT dispatch with symbolic sizes.
 TERMS = make_token_loss(dual_clip=3.0, beta=0.1)
-SETTINGS = RowSettings(0.8, None, TERMS, True, True)
+SETTINGS = RowSettings(0.8, None, TERMS, True, True, True)
 CAPPED = RowSettings(1.0, 5.0, TERMS)
 PLAIN = RowSettings(terms=TERMS)
 
@@ -336,6 +336,7 @@ def rows_of(given, ref=True):
         given["advantages"].repeat_interleave(per_token),
         given["weights"].repeat_interleave(per_token), old, old + 0.1 if ref else None,
         torch.ones(tokens, device=old.device),
+        torch.full((tokens,), 0.1, device=old.device) if ref else None,
     )  # fmt: skip
 
 
@@ -390,4 +391,7 @@ def test_opcheck_token_log_probs(impl, make):
         ((hidden, head, None), False, ChunkOptions()),
         ((hidden @ head.T, None, None), True, ChunkOptions()),
     ):
-        opcheck(row_autograd.log_probs_op, *tensors, ids, active, 0.8, None, entropy, chunks, impl)
+        opcheck(
+            row_autograd.log_probs_op, *tensors, ids, active, 0.8, None, entropy, not entropy,
+            VocabShard(), chunks, impl,
+        )  # fmt: skip

@@ -99,7 +99,7 @@ def test_every_kind_of_head(paths, tmp_path, name):
         assert gradients[0]["lm_head.bias"].abs().max() > 0
 
 
-@pytest.mark.parametrize("setting", [name for name in SETTINGS if name != "entropy mask and bonus"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_every_option(paths, tmp_path, setting):
     options = {k: v for k, v in SETTINGS[setting].items() if k != "shows"}
     path, key = paths["untied"], (setting, "dapo", "float32")

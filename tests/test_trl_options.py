@@ -45,6 +45,11 @@ FOLLOWED = {
     "mask_truncated_completions": "mask, and with it the lengths",
     "top_entropy_quantile": "factor on the token loss",
     "entropy_coef": "bonus",
+    "use_adaptive_entropy": "controller of the bonus",
+    "entropy_coef_min": "controller of the bonus",
+    "entropy_coef_max": "controller of the bonus",
+    "entropy_coef_delta": "controller of the bonus",
+    "entropy_target": "controller of the bonus",
     "off_policy_mask_threshold": "factor on the token loss",
     "use_bias_correction_kl": "KL term",
     "importance_sampling_level": "ratio",
@@ -87,7 +92,6 @@ READ_BY_TRL = """
 """
 OTHER_VALUE = {  # a value that is not TRL's default, for each refused option
     **dict.fromkeys(REFUSED, 0.5),
-    "use_adaptive_entropy": True,
 }
 
 
@@ -183,7 +187,7 @@ def test_refused_options_raise_at_construction(config, name):
         (dict(surrogate="sapo", delta=2.0), "delta=2.0 has no effect"),
         (dict(sapo_temperature_pos=0.9), "sapo_temperature_pos=0.9 has no effect"),
         (dict(loss_type="cispo", surrogate="cispo", epsilon_high=5.0), "set aggregation='dapo'"),
-        (dict(fused_lm_head=True, entropy_coef=0.1), "needs the gradient of the entropy"),
+        (dict(entropy_target=0.1), "entropy_target=0.1 has no effect with use_adaptive_entropy"),
         (dict(fused_lm_head=True, fused_lm_head_chunk_size=0), "must be a positive int"),
         (dict(fused_lm_head_chunk_size=64), "fused_lm_head is False"),
     ],

@@ -323,6 +323,16 @@ TOKEN_LOSSES = {
         gradient_accumulation_steps=2,
         shows=("entropy_coef", "entropy"),
     ),
+    "entropy bonus": dict(entropy_coef=0.1, beta=0.1, shows=("entropy_coef",)),
+    "adaptive entropy bonus": dict(
+        use_adaptive_entropy=True,
+        entropy_coef=0.05,
+        entropy_coef_delta=0.02,
+        entropy_target=2.163,  # above the entropy of two steps and below that of the third
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        shows=("entropy_coef",),
+    ),
     "off-policy mask": dict(off_policy_mask_threshold=0.01, num_iterations=2, learning_rate=0.5),
 }
 SETTINGS = {**CUTS, **TOKEN_LOSSES}

@@ -13,7 +13,7 @@ from .passes import kept_forward, kept_log_probs_forward
 from .sets import KeptSets
 
 
-@operator("kept_policy_loss_fwd", outputs=8)
+@operator("kept_policy_loss_fwd", outputs=9)
 def kept_op(
     hidden: Tensor,
     weight: Tensor,
@@ -72,7 +72,7 @@ def _(
     entropy: bool,
     kept: KeptSets,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return fake_log_probs(token_ids, entropy)
 
 
@@ -110,10 +110,10 @@ class KeptPolicyLossFunction(LinearPolicyLossFunction):
         kept: KeptSets,
         impl: str,
         needed: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if has_no_values(hidden):
             results = kept_op(hidden, weight, bias, rows, settings, kept, impl, needed)
-            outputs, grads = results[:5], results[5:]
+            outputs, grads = results[:6], results[6:]
         else:
             outputs, grads = kept_forward(hidden, weight, bias, rows, settings, kept, impl, needed)
         return LinearPolicyLossFunction.save(ctx, hidden, outputs, tuple(grads), impl, needed)

@@ -64,7 +64,7 @@ def kept_forward(
     if half.numel():
         loss = loss / half
     entropy = loss.new_empty(0) if logits.entropy is None else logits.entropy
-    return (loss, logits.log_probs, entropy, sums, half), finals
+    return (loss, logits.log_probs, entropy, loss.new_empty(0), sums, half), finals
 
 
 def kept_log_probs_forward(

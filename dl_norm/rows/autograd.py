@@ -14,7 +14,7 @@ from ..operators import operator
 from ..options import num_sums
 from .chunks import ChunkOptions
 from .passes import Forward, linear_forward, log_probs_forward, logits_forward, scale_grad
-from .records import RowSettings, TokenRows
+from .records import RowSettings, TokenRows, VocabShard
 
 _CONTIGUOUS = torch.contiguous_format
 
@@ -27,6 +27,7 @@ def _fake_forward(rows: TokenRows, settings: RowSettings, half: bool) -> Forward
 
     return (
         empty(), empty(rows.count), empty(rows.count if settings.entropy else 0),
+        empty(rows.count if settings.sum_sq_probs else 0),
         empty(num_sums(settings.terms) if settings.metrics else 0), empty() if half else empty(0),
     )  # fmt: skip
 
@@ -50,15 +51,14 @@ def fake_linear(
     return *_fake_forward(rows, settings, half), *grads
 
 
-def fake_log_probs(token_ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def fake_log_probs(token_ids: Tensor, *others: bool) -> tuple[Tensor, ...]:
+    """``others``: which further values a token are asked for."""
     count = token_ids.shape[0]
-    log_probs, entropies = (
-        token_ids.new_empty(size, dtype=torch.float32) for size in (count, count if entropy else 0)
-    )
-    return log_probs, entropies
+    sizes = count, *(count if asked else 0 for asked in others)
+    return tuple(token_ids.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-@operator("logits_policy_loss_fwd", outputs=6)
+@operator("logits_policy_loss_fwd", outputs=7)
 def logits_op(
     logits: Tensor, rows: TokenRows, settings: RowSettings, impl: str, write_grad: bool
 ) -> tuple[Tensor, ...]:
@@ -77,7 +77,7 @@ def _(
     return *_fake_forward(rows, settings, write_grad and logits.dtype == torch.float16), grad
 
 
-@operator("linear_policy_loss_fwd", outputs=8)
+@operator("linear_policy_loss_fwd", outputs=9)
 def linear_op(
     hidden: Tensor,
     weight: Tensor,
@@ -106,7 +106,7 @@ def _(
     return fake_linear(hidden, weight, bias, rows, settings, needed)
 
 
-@operator("token_log_probs", outputs=2)
+@operator("token_log_probs", outputs=3)
 def log_probs_op(
     hidden_or_logits: Tensor,
     weight: Tensor | None,
@@ -116,10 +116,14 @@ def log_probs_op(
     temperature: float,
     softcap: float | None,
     entropy: bool,
+    sum_sq_probs: bool,
+    shard: VocabShard,
     chunks: ChunkOptions,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    settings = RowSettings(temperature, softcap, entropy=entropy)
+) -> tuple[Tensor, ...]:
+    settings = RowSettings(
+        temperature, softcap, entropy=entropy, sum_sq_probs=sum_sq_probs, shard=shard
+    )
     rows = TokenRows(token_ids, active)
     return log_probs_forward(hidden_or_logits, weight, bias, rows, settings, chunks, impl)
 
@@ -134,10 +138,12 @@ def _(
     temperature: float,
     softcap: float | None,
     entropy: bool,
+    sum_sq_probs: bool,
+    shard: VocabShard,
     chunks: ChunkOptions,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    return fake_log_probs(token_ids, entropy)
+) -> tuple[Tensor, ...]:
+    return fake_log_probs(token_ids, entropy, sum_sq_probs)
 
 
 def _check_backward(ctx, name: str) -> None:
@@ -154,12 +160,12 @@ def _check_backward(ctx, name: str) -> None:
 
 def _save(ctx, outputs: Forward, grads: tuple[Tensor, ...], impl: str):
     """What both Functions do at the end of forward; returns the outputs of the Function."""
-    loss, log_probs, entropy, sums, half = outputs
+    loss, *rest, half = outputs
     ctx.save_for_backward(half, *grads)
     ctx.impl = impl
     ctx.scaled = False
-    ctx.mark_non_differentiable(log_probs, entropy, sums)
-    return loss, log_probs, entropy, sums
+    ctx.mark_non_differentiable(*rest)
+    return loss, *rest
 
 
 class LogitsPolicyLossFunction(torch.autograd.Function):
@@ -174,7 +180,7 @@ class LogitsPolicyLossFunction(torch.autograd.Function):
         impl: str,
         in_place: bool,
         write_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if has_no_values(logits):
             *outputs, grad = logits_op(logits, rows, settings, impl, write_grad)
             return _save(ctx, tuple(outputs), (grad,), impl)
@@ -214,10 +220,10 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         chunks: ChunkOptions,
         impl: str,
         needed: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if has_no_values(hidden):
             results = linear_op(hidden, weight, bias, rows, settings, chunks, impl, needed)
-            outputs, grads = results[:5], results[5:]
+            outputs, grads = results[:-3], results[-3:]
         else:
             outputs, grads = linear_forward(
                 hidden, weight, bias, rows, settings, chunks, impl, needed
@@ -232,7 +238,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         grads: tuple[Tensor, ...],
         impl: str,
         needed: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.needed = needed
         ctx.dtype = hidden.dtype
         return _save(ctx, outputs, grads, impl)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_flag, values_are_free
 from .records import RowOutputs, RowSettings, TokenRows
+from .vocab_parallel import SumOverShards
 
 # Tokens in a chunk. Adding a chunk to the float32 head gradient moves 8 V D bytes whatever its
 # size, which many tokens must share on a GPU. A CPU multiplies so slowly that a chunk may be small,
@@ -42,11 +43,17 @@ class ChunkOptions:
         check_flag(self.fp32_logits, "fp32_logits")
         check_flag(self.compact, "compact")
 
-    def check_unused(self) -> None:
-        """Refuses what has no effect over kept sets, whose logits are float32 whatever is said."""
+    def check_unused(self, **others: bool) -> None:
+        """Refuses what has no effect over kept sets, whose logits are float32 whatever is said.
+
+        ``others``: options that they cannot follow, and whether those were given.
+        """
         for name in ("chunk_size", "max_tokens", "compact"):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"{name} has no effect with kept sets: drop it")
+        for name, given in others.items():
+            if given:
+                raise ValueError(f"{name} and kept cannot be given together: kept sets have none")
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ def linear_pass(
     taken = rows if plan.order is None else rows[plan.order]
     outputs = RowOutputs.zeros(plan.tokens, settings, device)
     write_grad = any(grads)
+    shard = settings.shard
+    hidden_sums = SumOverShards(shard) if shard.spread and not shard.partial_hidden_grad else None
     several = plan.tokens > plan.chunk
     sum_dtype = torch.float32 if several or dtype == torch.float16 else dtype
     hidden_grad = head_grad = bias_grad = None
@@ -136,18 +145,44 @@ def linear_pass(
         grad = grad_buffer[: stop - start]
         logits_pass(logits, grad if write_grad else None, taken, start, settings, outputs)
         if hidden_grad is not None:
-            if plan.order is None:
-                torch.mm(grad, lm_head_weight, out=hidden_grad[start:stop])
-            else:
-                hidden_grad.index_copy_(0, plan.order[start:stop], torch.mm(grad, lm_head_weight))
+            _add_hidden_grad(hidden_grad, grad, lm_head_weight, start, plan.order, hidden_sums)
         if grads[1]:
             head_grad = _add_product(head_grad, grad.t(), chunk, sum_dtype)
         if grads[2]:
             chunk_sum = grad.sum(0, dtype=torch.float32)
             bias_grad = chunk_sum if bias_grad is None else bias_grad.add_(chunk_sum)
+    if hidden_sums is not None:
+        hidden_sums.wait()
     if plan.order is not None:
         outputs = _scatter(outputs, plan.order, rows.count)
     return outputs, [hidden_grad, head_grad, bias_grad]
+
+
+def _add_hidden_grad(
+    hidden_grad: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    start: int,
+    order: Tensor | None,
+    sums: SumOverShards | None,
+) -> None:
+    """Writes the rows of a chunk; what is to be summed over processes is there after a wait."""
+    stop = start + grad.shape[0]
+    if order is None:
+        part = hidden_grad[start:stop]
+        torch.mm(grad, weight, out=part)
+        if sums is not None:
+            sums.start(part)
+        return
+    part, places = torch.mm(grad, weight), order[start:stop]
+
+    def copy() -> None:
+        hidden_grad.index_copy_(0, places, part)
+
+    if sums is None:
+        copy()
+    else:
+        sums.start(part, copy)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -177,5 +212,8 @@ def _scatter(outputs: RowOutputs, order: Tensor, rows: int) -> RowOutputs:
     def scatter(values: Tensor) -> Tensor:
         return values.new_zeros(rows).index_copy_(0, order, values)
 
-    entropy = None if outputs.entropy is None else scatter(outputs.entropy)
-    return RowOutputs(scatter(outputs.log_probs), entropy, outputs.partials)
+    entropy, sum_sq_probs = (
+        None if values is None else scatter(values)
+        for values in (outputs.entropy, outputs.sum_sq_probs)
+    )
+    return RowOutputs(scatter(outputs.log_probs), entropy, sum_sq_probs, outputs.partials)

@@ -20,7 +20,8 @@ from ..checks import (
 from ..metrics import PolicyLossMetrics
 from ..options import TokenLoss, kind_of
 from ..rollout import NO_ROLLOUT, apply, correct, correction_sums, needs_sequences
-from .records import RowSettings, TokenRows, make_rows
+from .entropy import EntropyBonus
+from .records import RowSettings, TokenRows, VocabShard, make_rows
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ class PolicyLossOutputs:
 
     - log_probs: float32, of the shape of ``token_ids``; 0 where mask == 0.
     - entropy: the same, of softmax(logits / temperature), in nats; None unless asked for.
+    - sum_sq_probs: the same, sum_v p_v^2 of that softmax; None unless asked for. The squared norm
+      of the score at the logits / temperature is 1 - 2 exp(log_probs) + sum_sq_probs.
     - metrics: None unless asked for.
     """
 
     log_probs: Tensor
     entropy: Tensor | None = None
+    sum_sq_probs: Tensor | None = None
     metrics: PolicyLossMetrics | None = None
 
 
@@ -44,14 +48,15 @@ class Wanted:
     entropy: bool
     return_log_probs: bool
     return_metrics: bool
+    sum_sq_probs: bool
 
     def __post_init__(self):
-        for name in ("entropy", "return_log_probs", "return_metrics"):
+        for name in ("entropy", "return_log_probs", "return_metrics", "sum_sq_probs"):
             check_flag(getattr(self, name), name)
 
     @property
     def anything(self) -> bool:
-        return self.entropy or self.return_log_probs or self.return_metrics
+        return any(vars(self).values())
 
     def outputs(
         self,
@@ -62,7 +67,7 @@ class Wanted:
         rollout_sums: Tensor | None,
     ) -> Tensor | tuple[Tensor, PolicyLossOutputs]:
         """What the public function returns, of the results of its autograd Function."""
-        loss, log_probs, entropy, sums = results
+        loss, log_probs, entropy, sum_sq_probs, sums = results
         if rollout_sums is not None:
             sums = torch.cat([sums, rollout_sums])
         with_rollout = rollout_sums is not None or settings.with_rollout
@@ -71,6 +76,7 @@ class Wanted:
         return loss, PolicyLossOutputs(
             log_probs.view(shape),
             entropy.view(shape) if self.entropy else None,
+            sum_sq_probs.view(shape) if self.sum_sq_probs else None,
             PolicyLossMetrics.from_sums(sums, weights, settings.extra_names, with_rollout)
             if self.return_metrics
             else None,
@@ -86,6 +92,7 @@ def make_row_call(
     *,
     vocabulary: int,
     wanted: Wanted,
+    bonus: EntropyBonus,
 ) -> tuple[RowSettings, TokenRows, Tensor | None]:
     """Checks the tensors that have one entry a token or a sequence, and makes rows of them.
 
@@ -105,7 +112,8 @@ def make_row_call(
     batch, terms, rollout_sums = _with_rollout(name, batch, terms, wanted.return_metrics)
     check_token_ids(token_ids, batch.mask, like_log_probs, vocabulary)
     nothing_else = not wanted.anything and batch.ref_log_probs is None
-    rows = make_rows(batch, token_ids, nothing_else and kind_of(terms).scales_with_advantage)
+    skip = nothing_else and kind_of(terms).scales_with_advantage
+    rows = make_rows(batch, token_ids, skip, bonus.row_weights(batch))
     return replace(settings, terms=terms), rows, rollout_sums
 
 
@@ -135,16 +143,22 @@ def _with_rollout(
     return batch, terms, None
 
 
-def row_settings(temperature: float, softcap: float | None, wanted: Wanted) -> RowSettings:
+def row_settings(
+    temperature: float, softcap: float | None, wanted: Wanted, shard: VocabShard
+) -> RowSettings:
     """Settings of a pass that computes log-probs alone, until it has the terms of a loss."""
     temperature = check_number(temperature, "temperature", "temperature > 0", lambda v: v > 0)
     if softcap is not None:
         rule = "logit_softcap > 0 (or None)"
         softcap = check_number(softcap, "logit_softcap", rule, lambda v: v > 0)
-    return RowSettings(temperature, softcap, metrics=wanted.return_metrics, entropy=wanted.entropy)
+    return RowSettings(
+        temperature, softcap, metrics=wanted.return_metrics, entropy=wanted.entropy,
+        sum_sq_probs=wanted.sum_sq_probs, shard=shard,
+    )  # fmt: skip
 
 
-def check_logits(name: str, tensor: Tensor, size: str) -> None:
+def check_logits(name: str, tensor: Tensor, size: str, *, empty: bool = False) -> None:
+    """``empty``: the last dimension may be."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if is_dtensor(tensor):
@@ -153,7 +167,7 @@ def check_logits(name: str, tensor: Tensor, size: str) -> None:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16; got {tensor.dtype}: use .float()"
         )
-    if tensor.ndim not in (2, 3) or tensor.shape[-1] == 0:
+    if tensor.ndim not in (2, 3) or (tensor.shape[-1] == 0 and not empty):
         raise ValueError(
             f"{name} must be (B, T, {size}), or packed (N, {size}), with {size} > 0; got "
             f"{tuple(tensor.shape)}"

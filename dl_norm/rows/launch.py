@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,17 +45,46 @@ def logits_pass(
     first_row: int,
     settings: RowSettings,
     outputs: RowOutputs,
+    sums: Tensor | None = None,
 ) -> None:
     """What :func:`dl_norm.rows.closed_form.logits_pass` does, in one launch.
 
     ``logits`` may have any strides but the last, which is 1; ``grad`` is contiguous.
     """
-    vocabulary = logits.shape[-1]
-    programs = logits.numel() // max(1, vocabulary)
-    if programs == 0:
-        return
     if grad is not None and not _alike(logits, grad):
         logits = grad.copy_(logits)  # rows of odd length cut out of a larger tensor
+    _launch(logits, grad, rows, first_row, settings, outputs, None, sums)
+
+
+def row_sums(
+    logits: Tensor, rows: TokenRows, first_row: int, settings: RowSettings, sums: Tensor
+) -> None:
+    """What :func:`dl_norm.rows.closed_form.row_sums` does, in one launch."""
+    # Without the loss: one kernel serves all of them. The outputs only say that they are wanted.
+    rows = TokenRows(rows.token_ids, rows.active, entropy_weights=rows.entropy_weights)
+    settings = replace(settings, terms=None, metrics=False)
+    outputs = RowOutputs.zeros(0, settings, logits.device)
+    _launch(logits, None, rows, first_row, settings, outputs, sums, None)
+
+
+def reference_scale(settings: RowSettings) -> float:
+    """What the reference of ``row_sums`` is to be multiplied by, to be an exponent of 2."""
+    return 1.0
+
+
+def _launch(
+    logits: Tensor,
+    grad: Tensor | None,
+    rows: TokenRows,
+    first_row: int,
+    settings: RowSettings,
+    outputs: RowOutputs,
+    out_sums: Tensor | None,
+    sums: Tensor | None,
+) -> None:
+    programs = logits.shape[:-1].numel()
+    if programs == 0:
+        return
     base, offset = _aligned_base(logits)
     strides = (0, *logits.stride())[-3:]
     row_length = programs if logits.ndim == 2 else logits.shape[1]
@@ -66,10 +95,13 @@ def logits_pass(
     limit = {"maxnreg": 64} if made_for.backend == "cuda" and grad is not None else {}
     terms = settings.terms
     tokens = RowTokens(*(aligned(getattr(rows, name), rows.count) for name in RowTokens._fields))
+    shard = settings.shard
     with torch.accelerator.device_index(logits.device.index):
         logits_policy_loss_kernel[(programs,)](
-            base, tokens, grad, outputs.log_probs, outputs.entropy, outputs.partials,
-            offset, first_row, rows.count, row_length, vocabulary, strides[0], strides[1],
+            base, tokens, grad, outputs.log_probs, outputs.entropy, outputs.sum_sq_probs,
+            outputs.partials, out_sums, sums,
+            shard.first if shard.spread else None, shard.vocabulary if shard.spread else None,
+            offset, first_row, rows.count, row_length, logits.shape[-1], strides[0], strides[1],
             1.0 / settings.temperature, settings.softcap,
             None if terms is None else device_terms(
                 terms, rows.ref_log_probs is not None, rows.rollout_log_probs

@@ -15,6 +15,7 @@ from ..kept.sets import KeptSets, check_kept
 from ..keywords import Impl, LinearOptions, LossOptions
 from .autograd import LinearPolicyLossFunction
 from .chunks import ChunkOptions
+from .entropy import EntropyBonus
 from .inputs import (
     PolicyLossOutputs,
     Wanted,
@@ -23,6 +24,8 @@ from .inputs import (
     make_row_call,
     row_settings,
 )
+from .records import VocabShard
+from .shards import TensorParallelGroup, shard_of_head
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
@@ -46,6 +49,7 @@ def linear_policy_loss(  # pyright: ignore[reportOverlappingOverload]
     weights: Tensor,
     *,
     entropy: Literal[False] = False,
+    sum_sq_probs: Literal[False] = False,
     return_log_probs: Literal[False] = False,
     return_metrics: Literal[False] = False,
     **options: Unpack[LinearOptions],
@@ -63,6 +67,7 @@ def linear_policy_loss(
     weights: Tensor,
     *,
     entropy: bool = False,
+    sum_sq_probs: bool = False,
     return_log_probs: bool = False,
     return_metrics: bool = False,
     **options: Unpack[LinearOptions],
@@ -86,8 +91,14 @@ def linear_policy_loss(
     max_tokens: int | None = None,
     compact: bool = False,
     kept: KeptSets | None = None,
+    entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
+    tp_group: TensorParallelGroup | None = None,
+    vocab_size: int | None = None,
+    partial_hidden_grad: bool = False,
     impl: Impl | None = None,
     entropy: bool = False,
+    sum_sq_probs: bool = False,
     return_log_probs: bool = False,
     return_metrics: bool = False,
     **options: Unpack[LossOptions],
@@ -112,8 +123,9 @@ def linear_policy_loss(
             under FSDP2) is gathered for the call, and its gradient is the mean over the ranks of
             its mesh, as FSDP2 takes it of all parameters.
         bias: (V,), or None.
-        temperature, entropy, return_log_probs, return_metrics, impl, and the tensors and options
-            of the loss: as for :func:`dl_norm.logits_policy_loss`.
+        temperature, entropy_coef, entropy_weights, entropy, sum_sq_probs, return_log_probs,
+            return_metrics, impl, and the tensors and options of the loss: as for
+            :func:`dl_norm.logits_policy_loss`.
         logit_softcap: c > 0: logits become c tanh(logits / c), before the temperature. Or None.
         chunk_size: the least number of tokens in a chunk, unless there are fewer; a chunk has less
             than twice as many. Memory is one chunk's logits, at most 2 chunk_size * V elements.
@@ -136,6 +148,22 @@ def linear_policy_loss(
             that count for nothing are left out, so chunk_size, max_tokens and compact are refused.
             A token that counts must be in its set: mask tokens without a set here, and add the loss
             of a call without ``kept`` whose mask is theirs.
+        tp_group: the process group, or its 1-D DeviceMesh, over whose ranks the head is spread:
+            tensor parallelism. ``lm_head_weight`` is then this rank's (V_local, D), ``bias`` its
+            (V_local,), or DTensors that are Shard(0) on that mesh; a further dimension of a
+            DTensor's mesh, that of FSDP2, is gathered, this one never. Everything else is the same
+            on all ranks, ``token_ids`` ids of the whole vocabulary; rank r has the ids from
+            r * ceil(V / ranks) on, as torch.chunk cuts. The gradient at ``hidden`` is summed over
+            the ranks, chunk by chunk beside the products of the next, that at the head stays here.
+            Communicated per token: 8 bytes (4 more for the entropy, 4 for sum_sq_probs) and one
+            hidden state. Loss and outputs have the same bits on every rank. Ranks that disagree on
+            tokens: ValueError on a CPU; on a GPU the loss is NaN, but one that passes fewer tokens
+            than the others leaves them waiting, as in every collective.
+        vocab_size: with ``tp_group``: V, where the shards are not equally large or are padded to
+            be (Megatron's): rows of the head beyond V have no probability. None: V_local * ranks.
+        partial_hidden_grad: with ``tp_group``: leave the gradient at ``hidden`` the part of this
+            rank, for who adds it up in backward, as the all-gather of sequence parallelism does by
+            a reduce-scatter.
 
     Returns:
         A 0-dim float32 loss, or (loss, PolicyLossOutputs). Deterministic: no atomics.
@@ -149,19 +177,28 @@ def linear_policy_loss(
     Source: as :func:`dl_norm.logits_policy_loss`; kept sets arXiv:2512.02556.
     """
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
-    check_head(hidden, lm_head_weight, bias)
-    wanted = Wanted(entropy, return_log_probs, return_metrics)
+    shard = VocabShard()
+    if tp_group is not None or vocab_size is not None or partial_hidden_grad:
+        lm_head_weight, bias, shard = shard_of_head(
+            hidden, lm_head_weight, bias, tp_group, vocab_size, partial_hidden_grad
+        )
+    check_head(hidden, lm_head_weight, bias, empty=shard.spread)
+    wanted = Wanted(entropy, return_log_probs, return_metrics, sum_sq_probs)
     settings, rows, rollout_sums = make_row_call(
         "linear_policy_loss", hidden, token_ids,
         dict(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
         ),
-        row_settings(temperature, logit_softcap, wanted),
-        vocabulary=lm_head_weight.shape[0], wanted=wanted,
+        row_settings(temperature, logit_softcap, wanted, shard),
+        vocabulary=shard.vocabulary if shard.spread else lm_head_weight.shape[0],
+        wanted=wanted, bonus=EntropyBonus(entropy_coef, entropy_weights),
     )  # fmt: skip
     function, third = LinearPolicyLossFunction, chunks
     if kept is not None:
-        chunks.check_unused()
+        chunks.check_unused(
+            entropy_coef=rows.entropy_weights is not None, sum_sq_probs=sum_sq_probs,
+            tp_group=shard.spread,
+        )  # fmt: skip
         check_kept(kept, token_ids, mask, lm_head_weight.shape[0])
         function, third = KeptPolicyLossFunction, kept
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)
@@ -178,16 +215,21 @@ def linear_policy_loss(
     return wanted.outputs(results, token_ids.shape, weights, settings, rollout_sums)
 
 
-def check_head(hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None) -> None:
+def check_head(
+    hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, *, empty: bool = False
+) -> None:
+    """``empty``: it may be the part of a head that has no row."""
     check_logits("hidden", hidden, "D")
-    _check_parameter("lm_head_weight", lm_head_weight, hidden, (None, hidden.shape[-1]), "(V, D)")
+    size = (None, hidden.shape[-1])
+    _check_parameter("lm_head_weight", lm_head_weight, hidden, size, "(V, D)", empty)
     if bias is not None:
-        _check_parameter("bias", bias, hidden, (lm_head_weight.shape[0],), "(V,)")
+        _check_parameter("bias", bias, hidden, (lm_head_weight.shape[0],), "(V,)", empty)
 
 
 def _check_parameter(
-    name: str, tensor: Tensor, hidden: Tensor, shape: tuple[int | None, ...], names: str
-) -> None:
+    name: str, tensor: Tensor, hidden: Tensor, shape: tuple[int | None, ...], names: str,
+    empty: bool,
+) -> None:  # fmt: skip
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in LOG_PROB_DTYPES or (
@@ -199,7 +241,8 @@ def _check_parameter(
         )
     if tensor.device != hidden.device:
         raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}: move it")
-    if tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1] or tensor.numel() == 0:
+    wrong = tensor.ndim != len(shape) or tensor.shape[-1] != shape[-1]
+    if wrong or (tensor.numel() == 0 and not empty):
         raise ValueError(
             f"{name} must be {names} and not empty, with hidden (..., D) = "
             f"{tuple(hidden.shape)}; got {tuple(tensor.shape)}"

@@ -11,7 +11,10 @@ from ..checks import check_flag
 from ..device import implementation_for
 from ..keywords import Impl, LogitsOptions, LossOptions
 from .autograd import LogitsPolicyLossFunction
+from .entropy import EntropyBonus
 from .inputs import PolicyLossOutputs, Wanted, check_logits, make_row_call, row_settings
+from .records import VocabShard
+from .shards import TensorParallelGroup, shard_of_logits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # of typing from Python 3.11 on
@@ -27,6 +30,7 @@ def logits_policy_loss(  # pyright: ignore[reportOverlappingOverload]
     weights: Tensor,
     *,
     entropy: Literal[False] = False,
+    sum_sq_probs: Literal[False] = False,
     return_log_probs: Literal[False] = False,
     return_metrics: Literal[False] = False,
     **options: Unpack[LogitsOptions],
@@ -43,6 +47,7 @@ def logits_policy_loss(
     weights: Tensor,
     *,
     entropy: bool = False,
+    sum_sq_probs: bool = False,
     return_log_probs: bool = False,
     return_metrics: bool = False,
     **options: Unpack[LogitsOptions],
@@ -59,8 +64,13 @@ def logits_policy_loss(
     *,
     temperature: float = 1.0,
     in_place: bool = False,
+    entropy_coef: float = 0.0,
+    entropy_weights: Tensor | None = None,
+    tp_group: TensorParallelGroup | None = None,
+    vocab_size: int | None = None,
     impl: Impl | None = None,
     entropy: bool = False,
+    sum_sq_probs: bool = False,
     return_log_probs: bool = False,
     return_metrics: bool = False,
     **options: Unpack[LossOptions],
@@ -90,8 +100,22 @@ def logits_policy_loss(
             requires a gradient, and another operation that keeps them for its own backward pass
             raises there. Without a gradient to compute nothing is written. Not under
             torch.compile, which plans its memory itself.
-        entropy, return_log_probs, return_metrics: also return :class:`PolicyLossOutputs`, from the
-            same pass.
+        entropy_coef: c >= 0: the loss is less by c sum_t w_t H_t, with H_t the entropy of
+            softmax(logits / temperature), over the tokens with mask != 0 whatever their advantage
+            or policy weight. Its gradient, at the logits c w_t p (log p + H_t) / temperature, comes
+            from the same two passes over the row. The number may be another one in every step.
+        entropy_weights: w_t, float32: (G,), or one per token like ``token_ids`` (0 leaves a token
+            out, as a mask of high entropy does). None: ``weights``.
+        entropy, sum_sq_probs, return_log_probs, return_metrics: also return
+            :class:`PolicyLossOutputs`, from the same pass.
+        tp_group: the process group, or its 1-D DeviceMesh, over whose ranks the vocabulary is
+            spread: ``logits`` are then this rank's (B, T, V_local), or a DTensor that is
+            Shard(-1) on that mesh, and everything else is the same on all ranks, ``token_ids``
+            ids of the whole vocabulary. Rank r has the ids from r * ceil(V / ranks) on, as
+            torch.chunk cuts. No rank holds a whole row; two small collectives take its place (8 to
+            20 bytes a token). Loss and outputs have the same bits on every rank.
+        vocab_size: with ``tp_group``: V, where the shards are not equally large or are padded to
+            be (Megatron's): columns beyond V have no probability. None: V_local * ranks.
         impl: as for :func:`dl_norm.policy_loss`. "triton" makes no host sync on a GPU; "torch"
             counts the tokens on the host.
         **options: every other option of :func:`dl_norm.policy_loss`: eps_low, eps_high, dual_clip,
@@ -109,16 +133,20 @@ def logits_policy_loss(
 
     Source: as :func:`dl_norm.policy_loss`; online softmax arXiv:1805.02867.
     """
-    check_logits("logits", logits, "V")
     check_flag(in_place, "in_place")
-    wanted = Wanted(entropy, return_log_probs, return_metrics)
+    shard = VocabShard()
+    if tp_group is not None or vocab_size is not None:
+        logits, shard = shard_of_logits("logits", logits, tp_group, vocab_size)
+    check_logits("logits", logits, "V", empty=shard.spread)
+    wanted = Wanted(entropy, return_log_probs, return_metrics, sum_sq_probs)
     settings, rows, rollout_sums = make_row_call(
         "logits_policy_loss", logits, token_ids,
         dict(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
         ),
-        row_settings(temperature, None, wanted), vocabulary=logits.shape[-1],
-        wanted=wanted,
+        row_settings(temperature, None, wanted, shard),
+        vocabulary=shard.vocabulary if shard.spread else logits.shape[-1],
+        wanted=wanted, bonus=EntropyBonus(entropy_coef, entropy_weights),
     )  # fmt: skip
     write_grad = torch.is_grad_enabled() and logits.requires_grad
     if in_place and write_grad:

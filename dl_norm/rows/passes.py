@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..checks import values_are_free
 from . import closed_form as logits_closed_form
-from .chunks import ChunkOptions, linear_pass, make_plan
+from .chunks import ChunkOptions, ChunkPlan, linear_pass, make_plan
 from .records import RowOutputs, RowSettings, TokenRows
+from .vocab_parallel import check_agreement, row_pass
 
-# loss, log_probs, entropy, sums of the metrics, half (see half_scale); what is not asked for is
-# empty, as operators return no None.
+# loss, log_probs, entropy, sum_sq_probs, sums of the metrics, half (see half_scale); what is not
+# asked for is empty, as operators return no None.
 Forward = tuple[Tensor, ...]
 
 
@@ -33,8 +34,10 @@ def logits_forward(
     """Writes d loss / d logits into ``grad``, which may be ``logits``, unless it is None."""
     rows, half = half_scale(rows, torch.float32 if grad is None else grad.dtype)
     outputs = RowOutputs.zeros(rows.count, settings, logits.device)
-    implementation(impl).logits_pass(logits, grad, rows, 0, settings, outputs)
-    return _collect(outputs, half, settings, impl)
+    differ = check_agreement(rows, settings.shard)
+    row_pass(implementation(impl), settings.shard)(logits, grad, rows, 0, settings, outputs)
+    loss, *rest = _collect(outputs, half, settings, impl)
+    return _nan_where(differ, loss), *rest
 
 
 def linear_forward(
@@ -50,13 +53,13 @@ def linear_forward(
     """Also returns the gradients of hidden, weight and bias; empty where not needed."""
     rows, half = half_scale(rows, hidden.dtype if any(needed) else torch.float32)
     plan = make_plan(rows, chunks)
+    differ = check_agreement(rows, settings.shard, **_sizes(plan, hidden))
     outputs, grads = linear_pass(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows, settings, plan,
-        implementation(impl).logits_pass, needed,
+        row_pass(implementation(impl), settings.shard), needed,
     )  # fmt: skip
     loss, *rest = _collect(outputs, half, settings, impl)
-    if plan.overflow is not None:
-        loss = torch.where(plan.overflow, torch.nan, loss)
+    loss = _nan_where(differ, _nan_where(plan.overflow, loss))
     # float16 stays in float32 until backward has scaled it; elsewhere nothing is gained by that.
     finals = [hidden.new_empty(0) if grad is None else grad for grad in grads]
     if hidden.dtype != torch.float16:
@@ -74,22 +77,25 @@ def log_probs_forward(
     settings: RowSettings,
     chunks: ChunkOptions,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy of the N rows, without loss and gradient."""
-    logits_pass = implementation(impl).logits_pass
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs, entropy and sum_sq_probs of the N rows, without loss and gradient."""
+    logits_pass = row_pass(implementation(impl), settings.shard)
     if weight is None:
         outputs = RowOutputs.zeros(rows.count, settings, hidden_or_logits.device)
+        wrong = check_agreement(rows, settings.shard)
         logits_pass(hidden_or_logits, None, rows, 0, settings, outputs)
     else:
         plan = make_plan(rows, chunks)
+        wrong = check_agreement(rows, settings.shard, **_sizes(plan, hidden_or_logits))
+        if plan.overflow is not None:
+            wrong = plan.overflow if wrong is None else wrong | plan.overflow
         hidden = hidden_or_logits.reshape(-1, hidden_or_logits.shape[-1])
         outputs, _ = linear_pass(
             hidden, weight, bias, rows, settings, plan, logits_pass, (False, False, False)
         )
-        if plan.overflow is not None:
-            outputs.log_probs.masked_fill_(plan.overflow, torch.nan)
-    entropy = outputs.log_probs.new_empty(0) if outputs.entropy is None else outputs.entropy
-    return outputs.log_probs, entropy
+    if wrong is not None:
+        outputs.log_probs.masked_fill_(wrong, torch.nan)
+    return outputs.log_probs, *_or_empty(outputs)
 
 
 def _collect(outputs: RowOutputs, half: Tensor, settings: RowSettings, impl: str) -> Forward:
@@ -97,8 +103,26 @@ def _collect(outputs: RowOutputs, half: Tensor, settings: RowSettings, impl: str
     loss, sums = reduce_partials(outputs.partials, settings.with_rollout)
     if half.numel():
         loss = loss / half
-    entropy = loss.new_empty(0) if outputs.entropy is None else outputs.entropy
-    return loss, outputs.log_probs, entropy, sums, half
+    return loss, outputs.log_probs, *_or_empty(outputs), sums, half
+
+
+def _or_empty(outputs: RowOutputs) -> tuple[Tensor, Tensor]:
+    """entropy and sum_sq_probs"""
+    entropy, sum_sq_probs = (
+        outputs.log_probs.new_empty(0) if values is None else values
+        for values in (outputs.entropy, outputs.sum_sq_probs)
+    )
+    return entropy, sum_sq_probs
+
+
+def _nan_where(wrong: Tensor | None, loss: Tensor) -> Tensor:
+    return loss if wrong is None else torch.where(wrong, torch.nan, loss)
+
+
+def _sizes(plan: ChunkPlan, hidden: Tensor) -> dict[str, int]:
+    """What processes that share a head must agree on."""
+    sizes = {"tokens that go through the head": plan.tokens, "tokens of a chunk": plan.chunk}
+    return {**sizes, "size of a hidden state": hidden.shape[-1]}
 
 
 def half_scale(rows: TokenRows, dtype: torch.dtype) -> tuple[TokenRows, Tensor]:
@@ -109,9 +133,13 @@ def half_scale(rows: TokenRows, dtype: torch.dtype) -> tuple[TokenRows, Tensor]:
         return rows, rows.weights.new_empty(0)
     scale = rows.weights.new_ones(())
     if rows.count:
-        _, exponent = torch.frexp(rows.weights.nan_to_num(0.0).amax())
+        largest = rows.weights.nan_to_num(0.0).amax()
+        if rows.entropy_weights is not None:
+            largest = torch.maximum(largest, rows.entropy_weights.nan_to_num(0.0).abs().amax())
+        _, exponent = torch.frexp(largest)
         scale = torch.ldexp(scale, -exponent)
-    return replace(rows, weights=rows.weights * scale), scale
+    entropy_weights = None if rows.entropy_weights is None else rows.entropy_weights * scale
+    return replace(rows, weights=rows.weights * scale, entropy_weights=entropy_weights), scale
 
 
 def scale_grad(

@@ -31,6 +31,8 @@ class TokenRows:
     ref_log_probs: Tensor | None = None
     policy_weights: Tensor | None = None  # 0 where there is no policy term
     rollout_log_probs: Tensor | None = None  # of a correction by the log-probs of the pass
+    # What the entropy is multiplied by and taken off the loss.
+    entropy_weights: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -60,6 +62,23 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class VocabShard:
+    """The part of a vocabulary that is here, where it is spread over the processes of a group.
+
+    group: its name; "" where all of the vocabulary is here, and the rest means nothing.
+    """
+
+    group: str = ""
+    first: int = 0  # the id of the first token that is here
+    vocabulary: int = 0  # how many there are in all
+    partial_hidden_grad: bool = False
+
+    @property
+    def spread(self) -> bool:
+        return self.group != ""
+
+
+@dataclass(frozen=True)
 class RowSettings:
     """Everything of a pass over rows of logits that is not a tensor.
 
@@ -71,6 +90,8 @@ class RowSettings:
     terms: TokenLoss | None = None
     metrics: bool = False
     entropy: bool = False
+    sum_sq_probs: bool = False
+    shard: VocabShard = VocabShard()
 
     @property
     def extra_names(self) -> tuple[str, ...]:
@@ -82,13 +103,20 @@ class RowSettings:
         return self.terms is not None and self.terms.rollout != NO_ROLLOUT
 
 
+def with_entropy(rows: TokenRows, settings: RowSettings) -> bool:
+    """It is an output, or in the loss."""
+    return settings.entropy or rows.entropy_weights is not None
+
+
 @dataclass(frozen=True)
 class RowOutputs:
-    """float32 results of N rows: log_probs (N,), entropy (N,) or None, and partials, (sums, N):
-    addends of the loss, then of the metrics in their order, of which one is a maximum."""
+    """float32 results of N rows: log_probs (N,), entropy and sum_sq_probs (N,) or None, and
+    partials, (sums, N): addends of the loss, then of the metrics in their order, of which one is a
+    maximum."""
 
     log_probs: Tensor
     entropy: Tensor | None
+    sum_sq_probs: Tensor | None
     partials: Tensor
 
     @classmethod
@@ -99,15 +127,23 @@ class RowOutputs:
         sums = 0 if settings.terms is None else 1
         if settings.terms is not None and settings.metrics:
             sums += num_sums(settings.terms)
-        return cls(zeros(rows), zeros(rows) if settings.entropy else None, zeros(sums, rows))
+        entropy, sum_sq_probs = (
+            zeros(rows) if wanted else None for wanted in (settings.entropy, settings.sum_sq_probs)
+        )
+        return cls(zeros(rows), entropy, sum_sq_probs, zeros(sums, rows))
 
 
-def make_rows(batch: Batch, token_ids: Tensor, skip_zero_advantages: bool) -> TokenRows:
+def make_rows(
+    batch: Batch,
+    token_ids: Tensor,
+    skip_zero_advantages: bool,
+    entropy_weights: Tensor | None = None,
+) -> TokenRows:
     """Spreads per-sequence values over the tokens; everything is contiguous, as a kernel reads it.
 
-    ``skip_zero_advantages``: tokens of advantage 0, or without a policy term, are inactive too.
-    That term and its gradient are exactly 0, so this is right where nothing else of them is asked
-    for.
+    ``skip_zero_advantages``: tokens of advantage 0, or without a policy term, are inactive too,
+    unless they have an entropy weight. That term and its gradient are exactly 0, so this is right
+    where nothing else of them is asked for.
     """
 
     def flat(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -123,11 +159,16 @@ def make_rows(batch: Batch, token_ids: Tensor, skip_zero_advantages: bool) -> To
     counted = cast(Tensor, flat(batch.counted(), torch.bool))
     advantages = torch.where(counted, cast(Tensor, flat(batch.advantages)), 0.0)
     policy_weights = flat(batch.policy_weights)
+    if entropy_weights is not None:
+        entropy_weights = torch.where(counted, cast(Tensor, flat(entropy_weights)), 0.0)
     active = counted
     if skip_zero_advantages:
-        active = active & (advantages != 0)
+        needed = advantages != 0
         if policy_weights is not None:
-            active = active & (policy_weights != 0)
+            needed = needed & (policy_weights != 0)
+        if entropy_weights is not None:
+            needed = needed | (entropy_weights != 0)
+        active = active & needed
     return TokenRows(
         token_ids=token_ids.reshape(-1).contiguous(),
         active=active,
@@ -137,4 +178,5 @@ def make_rows(batch: Batch, token_ids: Tensor, skip_zero_advantages: bool) -> To
         ref_log_probs=flat(batch.ref_log_probs),
         policy_weights=policy_weights,
         rollout_log_probs=flat(batch.rollout_log_probs),
+        entropy_weights=entropy_weights,
     )

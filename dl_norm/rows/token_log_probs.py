@@ -14,7 +14,8 @@ from .chunks import ChunkOptions
 from .inputs import Wanted, check_logits, check_token_ids, row_settings
 from .linear import check_head, whole_head, without_autocast
 from .passes import log_probs_forward
-from .records import TokenRows
+from .records import TokenRows, VocabShard
+from .shards import TensorParallelGroup, shard_of_head, shard_of_logits
 
 
 @torch.no_grad()
@@ -32,9 +33,12 @@ def token_log_probs(
     max_tokens: int | None = None,
     compact: bool = False,
     kept: KeptSets | None = None,
+    tp_group: TensorParallelGroup | None = None,
+    vocab_size: int | None = None,
     entropy: bool = False,
+    sum_sq_probs: bool = False,
     impl: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """log_softmax(logits / temperature)[token_ids], never differentiated.
 
     The same code as :func:`dl_norm.linear_policy_loss` and :func:`dl_norm.logits_policy_loss`: for
@@ -51,18 +55,33 @@ def token_log_probs(
         bias, temperature, logit_softcap, chunk_size, fp32_logits, max_tokens, compact, kept, impl:
             as for :func:`dl_norm.linear_policy_loss`. For logits only temperature, logit_softcap
             and impl have a meaning.
+        tp_group, vocab_size: as for the two losses, of the head or of the logits.
         entropy: also return the entropy of the softmax, in nats.
+        sum_sq_probs: also return sum_v p_v^2 of the softmax.
 
     Returns:
-        float32 log-probs of the shape of ``token_ids``, none above 0; or (log_probs, entropy).
+        float32 log-probs of the shape of ``token_ids``, none above 0; or a tuple of these and of
+        what else is asked for, in that order.
 
     Raises:
         TypeError, ValueError: for what cannot be honoured, saying what was expected.
     """
-    settings = row_settings(temperature, logit_softcap, Wanted(entropy, True, False))
     chunks = ChunkOptions(chunk_size, fp32_logits, max_tokens, compact)
+    shard = VocabShard()
+    if tp_group is None and vocab_size is None:
+        pass
+    elif lm_head_weight is None:
+        hidden_or_logits, shard = shard_of_logits(
+            "hidden_or_logits", hidden_or_logits, tp_group, vocab_size
+        )
+    else:
+        lm_head_weight, bias, shard = shard_of_head(
+            hidden_or_logits, lm_head_weight, bias, tp_group, vocab_size
+        )
+    wanted = Wanted(entropy, True, False, sum_sq_probs)
+    settings = row_settings(temperature, logit_softcap, wanted, shard)
     if lm_head_weight is None:
-        check_logits("hidden_or_logits", hidden_or_logits, "V")
+        check_logits("hidden_or_logits", hidden_or_logits, "V", empty=shard.spread)
         for name, value in (
             ("bias", bias), ("kept", kept), ("chunk_size", chunk_size), ("max_tokens", max_tokens),
             ("fp32_logits", fp32_logits), ("compact", compact),
@@ -71,11 +90,12 @@ def token_log_probs(
                 raise ValueError(f"{name} has no effect on logits: pass lm_head_weight or drop it")
         vocabulary = hidden_or_logits.shape[-1]
     else:
-        check_head(hidden_or_logits, lm_head_weight, bias)
+        check_head(hidden_or_logits, lm_head_weight, bias, empty=shard.spread)
         vocabulary = lm_head_weight.shape[0]
+    vocabulary = shard.vocabulary if shard.spread else vocabulary
     check_token_ids(token_ids, mask, hidden_or_logits.detach()[..., 0], vocabulary)
     if kept is not None:
-        chunks.check_unused()
+        chunks.check_unused(sum_sq_probs=sum_sq_probs, tp_group=shard.spread)
         check_kept(kept, token_ids, mask, vocabulary)
     if mask is None:
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
@@ -92,15 +112,21 @@ def token_log_probs(
     with without_autocast(ids.device.type):
         if kept is not None:
             assert lm_head_weight is not None
-            log_probs, entropies = kept_token_log_probs(
-                hidden_or_logits, lm_head_weight, bias, TokenRows(ids, active), settings, kept, impl
+            rows = TokenRows(ids, active)
+            results = kept_token_log_probs(
+                hidden_or_logits, lm_head_weight, bias, rows, settings, kept, impl
             )
+            results = *results, results[0].new_empty(0)
         elif has_no_values(ids):
-            log_probs, entropies = log_probs_op(
-                *tensors, ids, active, settings.temperature, settings.softcap, entropy, chunks, impl
+            results = log_probs_op(
+                *tensors, ids, active, settings.temperature, settings.softcap, entropy,
+                sum_sq_probs, shard, chunks, impl,
             )  # fmt: skip
         else:
             rows = TokenRows(ids, active)
-            log_probs, entropies = log_probs_forward(*tensors, rows, settings, chunks, impl)
-    log_probs = log_probs.view(token_ids.shape)
-    return (log_probs, entropies.view(token_ids.shape)) if entropy else log_probs
+            results = log_probs_forward(*tensors, rows, settings, chunks, impl)
+    asked = (True, entropy, sum_sq_probs)
+    found = [
+        values.view(token_ids.shape) for values, yes in zip(results, asked, strict=True) if yes
+    ]
+    return found[0] if len(found) == 1 else tuple(found)

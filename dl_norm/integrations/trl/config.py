@@ -12,16 +12,6 @@ from dl_norm.aggregations import AGGREGATIONS
 from dl_norm.options import make_token_loss
 from dl_norm.surrogates import SURROGATES, Vespo, load
 
-# Options that the loss here cannot follow, and what to do instead. Each must keep TRL's default.
-REFUSED = {
-    "use_adaptive_entropy": (
-        "the adaptive entropy controller is not supported; use a constant entropy_coef"
-    ),
-    **dict.fromkeys(
-        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
-        "it only steers the adaptive entropy controller, which is not supported; leave it unset",
-    ),
-}
 # TRL's loss_type as aggregation and surrogate
 LOSS_TYPES = {
     "grpo": ("grpo", "clip"),
@@ -126,8 +116,12 @@ class DeltaLGRPOConfig(GRPOConfig):
 
 
 DEFAULTS = {f.name: f.default for f in fields(DeltaLGRPOConfig)}
+OF_ENTROPY_CONTROLLER = (
+    "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",
+)  # fmt: skip
 # TRL's numbers in the loss
 NUMBERS = (
+    *OF_ENTROPY_CONTROLLER,
     "beta", "epsilon", "epsilon_high", "delta", *_SAPO, *_VESPO, "entropy_coef",
     "off_policy_mask_threshold", "top_entropy_quantile",
 )  # fmt: skip
@@ -172,11 +166,8 @@ def check_options(args: DeltaLGRPOConfig) -> None:
     _check_loss_type(args)
     _check_aggregation(args)
     _check_token_loss(args)
+    _check_entropy(args)
     _check_fused_head(args)
-    for name, reason in REFUSED.items():
-        value = getattr(args, name)
-        if value != DEFAULTS[name]:
-            raise ValueError(f"{name}={value!r} is not supported: {reason}")
 
 
 def warnings_of(args: DeltaLGRPOConfig) -> list[str]:
@@ -205,7 +196,11 @@ def warnings_of(args: DeltaLGRPOConfig) -> list[str]:
 def _check_types(args: DeltaLGRPOConfig) -> None:
     for names, kind, what in (
         (("aggregation", "surrogate", "loss_type"), str, "a string"),
-        (("fused_lm_head", "drop_zero_advantage_groups"), bool, "True or False"),
+        (
+            ("fused_lm_head", "drop_zero_advantage_groups", "use_adaptive_entropy"),
+            bool,
+            "True or False",
+        ),
         (("alpha", *NUMBERS), (int, float), "a Python number"),
         (("fused_lm_head_chunk_size",), int, "an int"),
     ):
@@ -315,12 +310,16 @@ def _check_vespo(args: DeltaLGRPOConfig) -> None:
         )
 
 
+def _check_entropy(args: DeltaLGRPOConfig) -> None:
+    for name in OF_ENTROPY_CONTROLLER:
+        value = getattr(args, name)
+        if value != DEFAULTS[name] and not args.use_adaptive_entropy:
+            raise ValueError(
+                f"{name}={value!r} has no effect with use_adaptive_entropy=False: leave it unset"
+            )
+
+
 def _check_fused_head(args: DeltaLGRPOConfig) -> None:
-    if args.fused_lm_head and args.entropy_coef != 0.0:
-        raise ValueError(
-            f"entropy_coef={args.entropy_coef!r} needs the gradient of the entropy, which "
-            "fused_lm_head=True does not compute: set entropy_coef=0.0 or fused_lm_head=False"
-        )
     chunk_size = args.fused_lm_head_chunk_size
     if chunk_size is not None and not (args.fused_lm_head and chunk_size > 0):
         raise ValueError(

@@ -17,6 +17,7 @@ import dl_norm
 from dl_norm.aggregations import AGGREGATIONS, Method
 
 from ..rollout import trl as trl_correction
+from . import entropy
 from .config import DeltaLGRPOConfig, check_options, policy_loss_options, warnings_of
 from .fused_head import add_loss_head, loss_of_gradient
 from .metrics import MetricRecords, loss_record, vespo_old_log_probs
@@ -185,16 +186,13 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             micro_batches_per_generation=self.args.steps_per_generation if train else 1,
         )
         mask = _loss_mask(inputs)
+        coef = entropy.applied_coef(self) / accumulation_steps
         if self.args.fused_lm_head:
             loss, metrics, log_probs, entropies, aux_loss = self._fused_loss(
-                model, inputs, mask, weights
+                model, inputs, mask, weights, coef
             )
-            entropy_mask = None
         else:
             log_probs, entropies, aux_loss = self._score(model, inputs)
-            entropy_mask = (
-                self._entropy_mask(entropies, mask) if self._entropy_bonus_enabled else None
-            )
             loss, metrics = self._loss_of_log_probs(log_probs, entropies, inputs, mask, weights)
         log_probs = log_probs.detach()
         if train:
@@ -205,9 +203,11 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             # TRL logs the policy part without the division by accumulation_steps, "dapo" with it.
             undo = 1 if self.args.aggregation == "dapo" else accumulation_steps
             record["mean", "policy_loss"] = loss.detach() * undo
-            active = mask if entropy_mask is None else mask * entropy_mask
-            entropy = (entropies * active).sum() / active.sum().clamp(min=1.0)
-            loss = loss - self.entropy_coef * entropy / accumulation_steps
+            active = entropy.acts_on(mask, self._entropy_mask(entropies, mask))
+            # The fused head has given the loss its gradient, so there the entropies have none.
+            loss = loss - coef * (entropies * active).sum() / active.sum().clamp(min=1.0)
+            if train and self.use_adaptive_entropy:
+                entropy.adapt(self, entropies, active)
             if train and self.accelerator.sync_gradients:
                 self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
         if aux_loss is not None:
@@ -288,10 +288,11 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         return self.get_high_entropy_mask(entropies, mask, 1 - self.top_entropy_quantile)
 
     def _fused_loss(
-        self, model, inputs, mask, weights
+        self, model, inputs, mask, weights, entropy_coef=0.0
     ) -> tuple[Tensor, dl_norm.PolicyLossMetrics, Tensor, Tensor, Tensor | None]:
         """The loss from the last hidden states; its metrics; detached log-probs and entropies,
-        (B, T) each; the load-balancing loss of experts, or None.
+        (B, T) each; the load-balancing loss of experts, or None. The entropy bonus is in the
+        gradient of the loss and not in its value.
 
         Where an option needs the current policy's log-probs or entropies before the loss of any
         token is known, the head's logits are computed twice: four matrix products, as elsewhere.
@@ -305,13 +306,18 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         }
 
         def one_pass(hidden, weight, **head) -> Tensor:
+            bonus = entropy.bonus_options(entropy_coef, mask)
             result: Any = dl_norm.linear_policy_loss(
                 hidden[:, rows], weight, ids,
                 **self._loss_arguments(inputs, mask, weights),
-                **head, **size, entropy=True, return_log_probs=True, return_metrics=True,
+                **head, **size, **bonus, entropy=True, return_log_probs=True, return_metrics=True,
             )  # fmt: skip
             loss, seen = result
-            outputs.extend([loss.detach(), seen.metrics, seen.log_probs, seen.entropy])
+            of_policy = loss.detach()
+            if entropy_coef:
+                mean = (bonus["entropy_weights"] * seen.entropy).sum()
+                of_policy = of_policy + bonus["entropy_coef"] * mean
+            outputs.extend([of_policy, seen.metrics, seen.log_probs, seen.entropy])
             return loss
 
         def two_passes(hidden, weight, **head) -> Tensor:
@@ -324,7 +330,11 @@ class DeltaLGRPOTrainer(GRPOTrainer):
             if not torch.is_grad_enabled():
                 return loss
             (grad,) = torch.autograd.grad(loss, leaf)
-            return loss_of_gradient(hidden[:, rows], weight, ids, grad, mask, **head, **size)
+            active = entropy.acts_on(mask, self._entropy_mask(entropies, mask))
+            bonus = entropy.bonus_options(entropy_coef, active)
+            return loss_of_gradient(
+                hidden[:, rows], weight, ids, grad, mask, **head, **size, **bonus
+            )
 
         loss_head = two_passes if self._needs_log_probs_first() else one_pass
         result = self._run_model(

@@ -1,0 +1,134 @@
+"""A vocabulary over two gloo processes, against the functions that trainers have for it.
+
+Log-probs, entropy, sum p^2 and the gradient at the local logits, from the trainers' own source.
+SkyRL's functions are NeMo-RL's, which are NeMo-Aligner's. Megatron-Core's cross-entropy, under
+verl's log-probs, has no wheel for a CPU.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dl_norm
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("torch has no gloo", allow_module_level=True)
+sys.path.append(str(Path(__file__).parent))
+
+from adapter_tools import ROOT, lift
+
+RANKS, TOKENS, VOCABULARY = 2, 6, 24
+SOURCES = {
+    "AReaL": ".venv-trainers/areal/utils/functional/vocab_parallel.py",
+    "SkyRL": ".venv-trainers/skyrl/backends/skyrl_train/distributed/megatron/model_utils.py",
+    "verl": ".venv-verl/lib/python3*/site-packages/verl/utils/megatron/tensor_parallel.py",
+}
+
+
+def source_of(trainer):
+    found = sorted(ROOT.glob(SOURCES[trainer]))
+    return str(found[0]) if found else None
+
+
+def make_batch():
+    random = torch.Generator().manual_seed(51)
+    return {
+        "logits": 3 * torch.randn(1, TOKENS, VOCABULARY, generator=random),
+        "token_ids": torch.randint(VOCABULARY, (1, TOKENS), generator=random),
+        "of_log_probs": torch.randn(1, TOKENS, generator=random),  # upstream gradients
+        "of_entropies": torch.rand(1, TOKENS, generator=random),
+    }
+
+
+class NotCompiled:
+    """torch, whose compile leaves a function as it is."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def compile(**_):
+        return lambda function: function
+
+
+def areal(logits, ids, rank, group):
+    path = source_of("AReaL")
+    function = lift(path, "_VocabParallelLogProbsEntropy", dist=dist)._VocabParallelLogProbsEntropy
+    log_probs, entropy = function.apply(logits, ids, group)
+    return {"log_probs": log_probs, "entropy": entropy}
+
+
+def skyrl(logits, ids, rank, group):
+    names = "_compute_distributed_log_softmax", "DistributedLogprob"
+    function = lift(source_of("SkyRL"), *names, Any=object).DistributedLogprob
+    size = VOCABULARY // RANKS
+    return {"log_probs": function.apply(logits, ids, rank * size, (rank + 1) * size, group)}
+
+
+def verl(logits, ids, rank, group):
+    mpu = SimpleNamespace(get_tensor_model_parallel_group=lambda: group)
+    names = "_VocabParallelEntropy", "vocab_parallel_entropy", "vocab_parallel_sum_pi_squared"
+    space = {"dist": dist, "mpu": mpu, "torch": NotCompiled()}
+    functions = lift(source_of("verl"), *names, **space)
+    squares = functions.vocab_parallel_sum_pi_squared(logits.detach().clone())
+    return {"entropy": functions.vocab_parallel_entropy(logits), "sum_sq_probs": squares}
+
+
+THEIRS = {"AReaL": areal, "SkyRL": skyrl, "verl": verl}
+
+
+def worker(_, rank, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    batch = make_batch()
+    mine = batch["logits"].chunk(RANKS, -1)[rank].clone()
+    results = {}
+    for name, function in THEIRS.items():
+        if source_of(name) is None:
+            continue
+        leaf = mine.clone().requires_grad_()
+        found = function(leaf * 1, batch["token_ids"], rank, dist.group.WORLD)
+        loss = leaf.new_zeros(())
+        if "log_probs" in found:
+            loss = loss + (batch["of_log_probs"] * found["log_probs"]).sum()
+        if "entropy" in found:
+            loss = loss - 0.7 * (batch["of_entropies"] * found["entropy"]).sum()
+        loss.backward()
+        results[name] = {n: t.detach() for n, t in found.items()}, leaf.grad
+
+        # Without old log-probs the loss of advantage A has gradient -A at a log-prob.
+        leaf = mine.clone().requires_grad_()
+        ones = torch.ones(1, TOKENS)
+        loss, seen = dl_norm.logits_policy_loss(
+            leaf, batch["token_ids"], None, -batch["of_log_probs"] * ("log_probs" in found), ones,
+            torch.ones(1), entropy_coef=0.7 * ("entropy" in found),
+            entropy_weights=batch["of_entropies"], entropy=True, sum_sq_probs=True,
+            tp_group=dist.group.WORLD,
+        )  # fmt: skip
+        loss.backward()
+        results["ours", name] = {n: getattr(seen, n) for n in found}, leaf.grad
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("trainer", THEIRS)
+def test_as_the_trainers_functions(trainer, run_ranks):
+    if source_of(trainer) is None:
+        pytest.skip(f"{trainer} is not there: bash ci/trainers_env.sh, bash ci/verl_env.sh")
+    for result in run_ranks(__file__, RANKS):
+        theirs, their_grad = result[trainer]
+        ours, our_grad = result["ours", trainer]
+        for name, wanted in theirs.items():
+            assert (ours[name] - wanted).abs().max() < 3e-6, name
+        assert their_grad.abs().max() > 0.1
+        assert (our_grad - their_grad).abs().max() < 3e-6
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
