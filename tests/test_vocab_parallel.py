@@ -212,6 +212,14 @@ def other_entries(rank, ranks, group, mesh):
         results["log-probs of logits", impl] = dl_norm.token_log_probs(
             logits, ids, mask=batch["mask"], impl=impl, **spread
         )
+        # As old log-probs they make the ratio of the next loss exactly 1.
+        call = {"bias": bias, "mask": batch["mask"], "chunk_size": 4, "impl": impl, **spread}
+        _, seen = dl_norm.linear_policy_loss(
+            batch["hidden"], head, ids, None, batch["advantages"], weights=batch["weights"], **call,
+            **BONUS, return_log_probs=True,
+        )  # fmt: skip
+        alone = dl_norm.token_log_probs(batch["hidden"], ids, head, **call)
+        results["same bits", impl] = torch.equal(seen.log_probs, alone)
     tensors = dict(batch)
     for name in ("lm_head_weight", "bias"):
         whole = batch[name].clone()
@@ -541,6 +549,7 @@ def test_logits_and_log_probs(impl, results):
         for got, values in zip(result["log-probs", impl], wanted, strict=True):
             assert_close(got, values)
         assert_close(result["log-probs of logits", impl], wanted[0])
+        assert result["same bits", impl]
 
 
 def test_dtensors(results):

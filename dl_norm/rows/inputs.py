@@ -162,7 +162,10 @@ def check_logits(name: str, tensor: Tensor, size: str, *, empty: bool = False) -
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if is_dtensor(tensor):
-        raise ValueError(f"{name} is a DTensor: pass the tokens of this rank, {name}.to_local()")
+        raise ValueError(
+            f"{name} is a DTensor: pass the tokens of this rank, {name}.to_local(), or if it is "
+            "logits whose vocabulary is spread, tp_group"
+        )
     if tensor.dtype not in LOG_PROB_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16 or float16; got {tensor.dtype}: use .float()"

@@ -63,6 +63,8 @@ def _checked_group(
     if tp_group is None:
         name = "partial_hidden_grad" if partial_hidden_grad else "vocab_size"
         raise ValueError(f"{name} has no effect without tp_group: pass both or neither")
+    if not dist.is_available():
+        raise ValueError("tp_group needs torch.distributed, which this torch was built without")
     if isinstance(tp_group, DeviceMesh):
         if tp_group.ndim != 1:
             raise ValueError(
