@@ -139,7 +139,7 @@ class RolloutCorrection:
         of_token = bounds.pop("token")
         of_sequence = bounds["sum"] + bounds["mean"] + bounds["max"]
         return Rollout(
-            self.level, self.mode, self.low, self.high,
+            self.level, self.mode, (self.low, self.high),
             () if of_token == UNBOUNDED else of_token,
             () if of_sequence == 3 * UNBOUNDED else of_sequence,
             self.unscored,
@@ -152,8 +152,7 @@ class Rollout(NamedTuple):
 
     level: str  # "off": there is no correction
     mode: str = "truncate"
-    low: float = 0.0
-    high: float = math.inf
+    bounds: tuple[float, ...] = ()  # low and high of the weights
     token_bounds: tuple[float, ...] = ()  # empty: no token is rejected
     sequence_bounds: tuple[float, ...] = ()
     unscored: float | None = None
@@ -332,10 +331,11 @@ def rollout_mean_weight(
 def _bounded(rollout: Rollout, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, whether truncated, whether masked."""
     raw = log_weight.clamp(-LOG_BOUND, LOG_BOUND).exp()
-    outside = (raw < rollout.low) | (raw > rollout.high)
+    low, high = rollout.bounds
+    outside = (raw < low) | (raw > high)
     never = torch.zeros_like(outside)
     if rollout.mode == "truncate":
-        return raw.clamp(rollout.low, rollout.high), outside, never
+        return raw.clamp(low, high), outside, never
     return raw.masked_fill(outside, 0.0), never, outside
 
 
