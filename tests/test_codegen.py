@@ -80,10 +80,11 @@ def token_dtypes(case):
     """The dtypes of the tensors of which the forward kernel reads one element a token."""
     own_ratio = case["old"] and case["level"] == "token"  # else 1, or one number a sequence
     # Of a correction by sequences alone nothing is left to be read.
-    rollout = case["rollout"] in ("token", "everything") or (case["rollout"] and case["metrics"])
+    kind = case["rollout"]
+    rollout = kind in ("token", "everything") or (kind is not None and case["metrics"])
     log_prob = own_ratio or case["ref"] or case["surrogate"] in ("cispo", "own") or rollout
     dtypes = [case["dtype"]] * (log_prob + own_ratio + case["ref"])
-    dtypes += ["float32"] * bool(rollout)
+    dtypes += ["float32"] * rollout
     dtypes += ["float32"] * (case["advantages"] == "token")
     dtypes += [case["policy_dtype"]] * (case["policy_weights"] == "token")
     return dtypes + [case["mask"]] * (case["mask"] is not None)
@@ -217,13 +218,19 @@ def test_registers_within_budget(report, target):
     assert not over, "(registers, budget)"
 
 
+def adds_sums(row):
+    case = row["case"]
+    return row["constants"].get("NUM_EXTRAS") or (case["rollout"] and case["metrics"])
+
+
 def test_registers_within_budget_on_gfx942(report):
-    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss adds sums."""
+    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss or a
+    rollout correction adds sums."""
     rows = [row for row in report["kernels"] if row["target"] == "gfx942"]
     over = {
         name(row): row["registers"]
         for row in rows
-        if row["registers"] > (168 if row["constants"].get("NUM_EXTRAS") else 128)
+        if row["registers"] > (168 if adds_sums(row) else 128)
     }
     assert not over
 
