@@ -218,29 +218,33 @@ def correct(batch: Batch, rollout: Rollout) -> Correction:
     elif rollout.level == "geometric":
         weights, truncated, masked = _bounded(rollout, batch.sequence_means(log_ratio))
 
-    def drop(rejected: Tensor) -> None:
-        nonlocal weights, masked
-        if batch.is_per_token(weights) != batch.is_per_token(rejected):
-            weights, rejected = batch.per_token(weights), batch.per_token(rejected)
-            masked = batch.per_token(masked)
-        weights = torch.where(rejected, 0.0, weights)
-        masked = masked | rejected
-
     if rollout.token_bounds:
-        drop(_outside(rollout.token_bounds, log_ratio, *_divergences(log_ratio)))
+        rejected = _outside(rollout.token_bounds, log_ratio, *_divergences(log_ratio))
+        weights = torch.where(rejected, 0.0, batch.per_token(weights))
+        masked = batch.per_token(masked) | rejected
     if rollout.sequence_bounds:
-        by_sum, by_mean, by_max = (rollout.sequence_bounds[k : k + 4] for k in (0, 4, 8))
-        per_token = (log_ratio, *_divergences(log_ratio))
-        sums = [batch.sequence_sums(values)[:, None] for values in per_token]
-        lengths = batch.sequence_sums(batch.counted()).clamp(min=1)[:, None]
-        drop(_outside(by_sum, *sums) | _outside(by_mean, *(values / lengths for values in sums)))
-        highest = [_sequence_max(batch, values) for values in per_token]
-        drop(_outside((-math.inf, math.inf, *by_max[2:]), *highest))
-        lowest = -_sequence_max(batch, -log_ratio)
-        vetoed = (lowest < by_max[0]) | (highest[0] > by_max[1])
-        weights = torch.where(batch.per_token(vetoed) if batch.is_per_token(weights) else vetoed,
-                              0.0, weights)  # fmt: skip
+        rejected, vetoed = _rejected_sequences(batch, rollout.sequence_bounds, log_ratio)
+        dropped = rejected | vetoed
+        if batch.is_per_token(weights):
+            rejected, dropped = batch.per_token(rejected), batch.per_token(dropped)
+        weights, masked = torch.where(dropped, 0.0, weights), masked | rejected
     return Correction(weights, truncated, masked, vetoed, unscored, log_ratio)
+
+
+def _rejected_sequences(
+    batch: Batch, bounds: tuple[float, ...], log_ratio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(G, 1): whether a sequence is rejected, whether it is vetoed."""
+    by_sum, by_mean, by_max = bounds[:4], bounds[4:8], bounds[8:]
+    per_token = (log_ratio, *_divergences(log_ratio))
+    sums = [batch.sequence_sums(values)[:, None] for values in per_token]
+    lengths = batch.sequence_sums(batch.counted()).clamp(min=1)[:, None]
+    means = [values / lengths for values in sums]
+    highest = [_sequence_max(batch, values) for values in per_token]
+    lowest = -_sequence_max(batch, -log_ratio)
+    rejected = _outside(by_sum, *sums) | _outside(by_mean, *means)
+    rejected = rejected | (highest[1] > by_max[2]) | (highest[2] > by_max[3])
+    return rejected, (lowest < by_max[0]) | (highest[0] > by_max[1])
 
 
 def apply(batch: Batch, correction: Correction) -> Batch:
