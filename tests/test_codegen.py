@@ -204,6 +204,8 @@ def register_budget(row):
         return 128  # one program a sequence: there are seldom more of them than fit
     if case["name"] in ("padded", "packed", "packed, mask", "bf16", "bf16 packed", "fp16"):
         return 72
+    if case["rollout"] and case["metrics"]:
+        return 168  # all kinds of weights, rejections and sums together
     return 128
 
 
