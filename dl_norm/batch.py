@@ -43,7 +43,8 @@ class Batch(NamedTuple):
         return self.weights.shape[0]
 
     def is_per_token(self, values: Tensor) -> bool:
-        return values.shape == self.log_probs.shape
+        # torch.compile has a symbolic answer for dynamic shapes, and two of those do not compare.
+        return True if values.shape == self.log_probs.shape else False  # noqa: SIM210
 
     def per_token(self, values: Tensor) -> Tensor:
         """``values`` so that they broadcast against the tokens."""

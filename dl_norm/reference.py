@@ -178,13 +178,14 @@ def _correction(
             "none": torch.zeros_like(log_ratio),
         }[rollout.level]
         raw = log_w.clamp(-20, 20).exp()
-        beyond = ~((raw >= rollout.low) & (raw <= rollout.high))
+        low, high = rollout.bounds
+        beyond = ~((raw >= low) & (raw <= high))
         if rollout.level == "token":
             beyond &= ~missing
             raw = torch.where(missing, 1.0, raw)
         if rollout.mode == "truncate":
             truncated |= beyond
-            w[:] = torch.where(beyond, raw.clamp(rollout.low, rollout.high), raw)
+            w[:] = torch.where(beyond, raw.clamp(low, high), raw)
         else:
             masked |= beyond
             w[:] = torch.where(beyond, 0.0, raw)

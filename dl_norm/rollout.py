@@ -139,7 +139,7 @@ class RolloutCorrection:
         of_token = bounds.pop("token")
         of_sequence = bounds["sum"] + bounds["mean"] + bounds["max"]
         return Rollout(
-            self.level, self.mode, self.low, self.high,
+            self.level, self.mode, (self.low, self.high),
             () if of_token == UNBOUNDED else of_token,
             () if of_sequence == 3 * UNBOUNDED else of_sequence,
             self.unscored,
@@ -152,8 +152,7 @@ class Rollout(NamedTuple):
 
     level: str  # "off": there is no correction
     mode: str = "truncate"
-    low: float = 0.0
-    high: float = math.inf
+    bounds: tuple[float, ...] = ()  # low and high of the weights
     token_bounds: tuple[float, ...] = ()  # empty: no token is rejected
     sequence_bounds: tuple[float, ...] = ()
     unscored: float | None = None
@@ -219,29 +218,33 @@ def correct(batch: Batch, rollout: Rollout) -> Correction:
     elif rollout.level == "geometric":
         weights, truncated, masked = _bounded(rollout, batch.sequence_means(log_ratio))
 
-    def drop(rejected: Tensor) -> None:
-        nonlocal weights, masked
-        if batch.is_per_token(weights) != batch.is_per_token(rejected):
-            weights, rejected = batch.per_token(weights), batch.per_token(rejected)
-            masked = batch.per_token(masked)
-        weights = torch.where(rejected, 0.0, weights)
-        masked = masked | rejected
-
     if rollout.token_bounds:
-        drop(_outside(rollout.token_bounds, log_ratio, *_divergences(log_ratio)))
+        rejected = _outside(rollout.token_bounds, log_ratio, *_divergences(log_ratio))
+        weights = torch.where(rejected, 0.0, batch.per_token(weights))
+        masked = batch.per_token(masked) | rejected
     if rollout.sequence_bounds:
-        by_sum, by_mean, by_max = (rollout.sequence_bounds[k : k + 4] for k in (0, 4, 8))
-        per_token = (log_ratio, *_divergences(log_ratio))
-        sums = [batch.sequence_sums(values)[:, None] for values in per_token]
-        lengths = batch.sequence_sums(batch.counted()).clamp(min=1)[:, None]
-        drop(_outside(by_sum, *sums) | _outside(by_mean, *(values / lengths for values in sums)))
-        highest = [_sequence_max(batch, values) for values in per_token]
-        drop(_outside((-math.inf, math.inf, *by_max[2:]), *highest))
-        lowest = -_sequence_max(batch, -log_ratio)
-        vetoed = (lowest < by_max[0]) | (highest[0] > by_max[1])
-        weights = torch.where(batch.per_token(vetoed) if batch.is_per_token(weights) else vetoed,
-                              0.0, weights)  # fmt: skip
+        rejected, vetoed = _rejected_sequences(batch, rollout.sequence_bounds, log_ratio)
+        dropped = rejected | vetoed
+        if batch.is_per_token(weights):
+            rejected, dropped = batch.per_token(rejected), batch.per_token(dropped)
+        weights, masked = torch.where(dropped, 0.0, weights), masked | rejected
     return Correction(weights, truncated, masked, vetoed, unscored, log_ratio)
+
+
+def _rejected_sequences(
+    batch: Batch, bounds: tuple[float, ...], log_ratio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(G, 1): whether a sequence is rejected, whether it is vetoed."""
+    by_sum, by_mean, by_max = bounds[:4], bounds[4:8], bounds[8:]
+    per_token = (log_ratio, *_divergences(log_ratio))
+    sums = [batch.sequence_sums(values)[:, None] for values in per_token]
+    lengths = batch.sequence_sums(batch.counted()).clamp(min=1)[:, None]
+    means = [values / lengths for values in sums]
+    highest = [_sequence_max(batch, values) for values in per_token]
+    lowest = -_sequence_max(batch, -log_ratio)
+    rejected = _outside(by_sum, *sums) | _outside(by_mean, *means)
+    rejected = rejected | (highest[1] > by_max[2]) | (highest[2] > by_max[3])
+    return rejected, (lowest < by_max[0]) | (highest[0] > by_max[1])
 
 
 def apply(batch: Batch, correction: Correction) -> Batch:
@@ -332,10 +335,11 @@ def rollout_mean_weight(
 def _bounded(rollout: Rollout, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, whether truncated, whether masked."""
     raw = log_weight.clamp(-LOG_BOUND, LOG_BOUND).exp()
-    outside = (raw < rollout.low) | (raw > rollout.high)
+    low, high = rollout.bounds
+    outside = (raw < low) | (raw > high)
     never = torch.zeros_like(outside)
     if rollout.mode == "truncate":
-        return raw.clamp(rollout.low, rollout.high), outside, never
+        return raw.clamp(low, high), outside, never
     return raw.masked_fill(outside, 0.0), never, outside
 
 

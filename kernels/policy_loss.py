@@ -171,8 +171,6 @@ def _tile_loss(
     """Writes the gradient of a tile and its column of PARTIALS."""
     WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS, ROLLOUTS, G = of_sequences
     counted, log_prob, old_log_prob, ref_log_prob, advantage, policy_weight, rollout = loaded
-    PARTIAL = PARTIALS + tl.program_id(0)
-    programs = tl.num_programs(0).to(tl.int64)
     weight = _of_sequence(WEIGHTS, seq, later, lane)
     if tokens.advantages is None:
         advantage = _of_sequence(ADVANTAGES, seq, later, lane)
@@ -200,9 +198,10 @@ def _tile_loss(
             corrections = rollout_metrics(
                 counted, correction, truncated, masked, vetoed, unscored, log_weight
             )
-            FIRST = PARTIAL + (1 + NUM_METRICS + NUM_EXTRAS) * programs
-            _store_sums(FIRST, programs, corrections)
-            tl.store(FIRST + (NUM_ROLLOUT_METRICS - 1) * programs, _max(corrections[8]))
+            count = tl.num_programs(0).to(tl.int64)
+            FIRST = PARTIALS + tl.program_id(0) + (1 + NUM_METRICS + NUM_EXTRAS) * count
+            _store_sums(FIRST, count, corrections)
+            tl.store(FIRST + (NUM_ROLLOUT_METRICS - 1) * count, _max(corrections[8]))
 
     if LOG_RATIO_MEANS is not None or tokens.old_log_probs is not None:
         if LOG_RATIO_MEANS is not None:
@@ -229,6 +228,8 @@ def _tile_loss(
         # x - (-0) is x for the compiler, x + 0 is not.
         grad = tl.where(counted, weight * (through_ratio - (-past_ratio)), 0.0)
         _store_tile(GRAD, start, lane, remaining, grad)
+    PARTIAL = PARTIALS + tl.program_id(0)
+    programs = tl.num_programs(0).to(tl.int64)
     tl.store(PARTIAL, tl.where(spans, tl.sum(tl.sum(loss, axis=0), axis=0), float("nan")))
     if METRICS:
         values = token_metrics(counted, advantage, log_ratio, ratio, below, above, kl)

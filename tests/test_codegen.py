@@ -81,10 +81,11 @@ def token_dtypes(case):
     own_ratio = case["old"] and (case["level"] == "token" or case["surrogate"] == "gmpo")
     # Else the ratio is 1, or one number a sequence. Of a correction by sequences alone nothing is
     # left to be read.
-    rollout = case["rollout"] in ("token", "everything") or (case["rollout"] and case["metrics"])
+    kind = case["rollout"]
+    rollout = kind in ("token", "everything") or (kind is not None and case["metrics"])
     log_prob = own_ratio or case["ref"] or case["surrogate"] not in ("clip", "sapo") or rollout
     dtypes = [case["dtype"]] * (log_prob + own_ratio + case["ref"])
-    dtypes += ["float32"] * bool(rollout)
+    dtypes += ["float32"] * rollout
     dtypes += ["float32"] * (case["advantages"] == "token")
     dtypes += [case["policy_dtype"]] * (case["policy_weights"] == "token")
     return dtypes + [case["mask"]] * (case["mask"] is not None)
@@ -210,6 +211,8 @@ def register_budget(row):
         return 128  # one program a sequence: there are seldom more of them than fit
     if case["name"] in ("padded", "packed", "packed, mask", "bf16", "bf16 packed", "fp16"):
         return 72
+    if case["rollout"] and case["metrics"]:
+        return 168  # all kinds of weights, rejections and sums together
     if "dppo" in case["surrogate"] and case["ref"]:
         return 160  # 3 programs: the probabilities of both policies, beside all that there may be
     return 128
@@ -226,16 +229,19 @@ def test_registers_within_budget(report, target):
     assert not over, "(registers, budget)"
 
 
+def adds_sums(row):
+    case = row["case"]
+    return row["constants"].get("NUM_EXTRAS") or (case["rollout"] and case["metrics"])
+
+
 def test_registers_within_budget_on_gfx942(report):
-    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss adds sums or
-    has the probabilities of both policies."""
+    """128 of 512 VGPRs: 4 waves of 64 on each SIMD; 168, 3 waves, where a token loss or a rollout
+    correction adds sums, or has the probabilities of both policies."""
     rows = [row for row in report["kernels"] if row["target"] == "gfx942"]
 
     def budget(row):
-        more = row["constants"].get("NUM_EXTRAS") or "dppo" in row["case"]["surrogate"]
-        return 168 if more else 128
+        return 168 if adds_sums(row) or "dppo" in row["case"]["surrogate"] else 128
 
-    over = {name(row): row["registers"] for row in rows if row["registers"] > budget(row)}
     assert not over
 
 

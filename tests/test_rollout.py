@@ -348,7 +348,9 @@ def test_compile(impl, name):
         return loss, metrics.rollout.masked
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for function in (step, compiled):
         log_probs = problem.log_probs.clone().requires_grad_()
         loss, masked = function(log_probs, problem.old, problem.rollout)
         loss.backward()

@@ -157,7 +157,7 @@ def _rollout_terms(rollout: Rollout, dtype: torch.dtype) -> RolloutTerms:
     if unscored is not None:  # as the log-probs hold it
         unscored = float(torch.tensor(unscored).to(dtype))
     return RolloutTerms(
-        (bound, (rollout.low, rollout.high)),
+        (bound, rollout.bounds),
         1 if rollout.level == "token" else None,
         log_weights.get(rollout.level),
         rollout.token_bounds or None,
