@@ -336,7 +336,7 @@ def rows_of(given, ref=True):
         given["advantages"].repeat_interleave(per_token),
         given["weights"].repeat_interleave(per_token), old, old + 0.1 if ref else None,
         torch.ones(tokens, device=old.device),
-        torch.full((tokens,), 0.1, device=old.device) if ref else None,
+        entropy_weights=torch.full((tokens,), 0.1, device=old.device) if ref else None,
     )  # fmt: skip
 
 
