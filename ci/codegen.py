@@ -64,7 +64,7 @@ SEQUENCE = "policy_loss_sequence_kernel"
 ROWS = "logits_policy_loss_kernel"
 # Of the tuples among their arguments.
 FIELDS = {
-    "terms": TokenTerms._fields, "terms.kl": KLTerms._fields, "terms.rollout": RolloutTerms._fields,
+    "terms": TokenTerms._fields, "kl_terms": KLTerms._fields, "rollout_terms": RolloutTerms._fields,
 }  # fmt: skip
 TOKENS = {ROWS: RowTokens._fields}
 

@@ -164,6 +164,8 @@ def logits_policy_loss_kernel(
     inverse_temperature: tl.float32,
     softcap,
     terms,
+    kl_terms,
+    rollout_terms,
     METRICS: tl.constexpr,
     NUM_EXTRAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -300,10 +302,10 @@ def logits_policy_loss_kernel(
                     policy_weight = tl.load(tokens.policy_weights + n)
                 if tokens.rollout_log_probs is not None:
                     log_weight, unscored = rollout_log_ratio(
-                        terms.rollout, log_prob, tl.load(tokens.rollout_log_probs + n)
+                        rollout_terms, log_prob, tl.load(tokens.rollout_log_probs + n)
                     )
                     correction, truncated, masked = rollout_of_token(
-                        terms.rollout, log_weight, unscored
+                        rollout_terms, log_weight, unscored
                     )
                     if policy_weight is not None:
                         policy_weight *= correction
@@ -313,7 +315,14 @@ def logits_policy_loss_kernel(
                 if tokens.ref_log_probs is not None:
                     ref_log_prob = tl.load(tokens.ref_log_probs + n)
                 loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
-                    terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
+                    terms,
+                    kl_terms,
+                    log_prob,
+                    ratio,
+                    outside,
+                    advantage,
+                    policy_weight,
+                    ref_log_prob,
                 )
                 grad = through_ratio + past_ratio
                 # What does not depend on the log-prob does not know that it is NaN.

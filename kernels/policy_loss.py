@@ -166,7 +166,7 @@ def _max(values):
 @triton.jit
 def _tile_loss(
     tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS, terms,
-    METRICS: tl.constexpr, NUM_EXTRAS: tl.constexpr,
+    kl_terms, rollout_terms, METRICS: tl.constexpr, NUM_EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a tile and its column of PARTIALS."""
     WEIGHTS, ADVANTAGES, POLICY_WEIGHTS, LOG_RATIO_MEANS, RATIO_GRADS, ROLLOUTS, G = of_sequences
@@ -182,8 +182,8 @@ def _tile_loss(
         ref_log_prob = None
     if tokens.rollout_log_probs is not None:
         behind = _if_present(tokens.old_log_probs, old_log_prob, log_prob)
-        log_weight, unscored = rollout_log_ratio(terms.rollout, behind, rollout)
-        correction, truncated, masked = rollout_of_token(terms.rollout, log_weight, unscored)
+        log_weight, unscored = rollout_log_ratio(rollout_terms, behind, rollout)
+        correction, truncated, masked = rollout_of_token(rollout_terms, log_weight, unscored)
         if ROLLOUTS is not None:
             correction *= _of_sequence(ROLLOUTS, seq, later, lane)
         policy_weight = _product(policy_weight, correction)
@@ -214,7 +214,7 @@ def _tile_loss(
     else:
         log_ratio, ratio, outside = unit_ratio(weight)
     loss, through_ratio, past_ratio, below, above, kl, extras = token_terms(
-        terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
+        terms, kl_terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
     )
     if RATIO_GRADS is not None:
         through_ratio = _of_sequence(RATIO_GRADS, seq, later, lane)
@@ -289,12 +289,15 @@ def policy_loss_fwd_kernel(
     T: tl.int64,
     G: tl.int64,
     terms,
+    kl_terms,
+    rollout_terms,
     METRICS: tl.constexpr,
     NUM_EXTRAS: tl.constexpr,
     GROUPS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """``terms``: of :class:`TokenTerms`.
+    """``terms`` is a :class:`TokenTerms`, ``kl_terms`` a :class:`KLTerms`, ``rollout_terms`` a
+    :class:`RolloutTerms`.
 
     PARTIALS is (1, programs), or with METRICS (10 + NUM_EXTRAS, programs): the sums of a tile in
     one column, the loss first, then what token_metrics returns and the surrogate's extras. With
@@ -329,13 +332,13 @@ def policy_loss_fwd_kernel(
         # One sequence: what is the same for all its tokens is computed once a thread.
         _tile_loss(
             tokens, loaded, of_sequences, seq, None, start, lane, remaining, spans, GRAD, PARTIALS,
-            terms, METRICS, NUM_EXTRAS,
+            terms, kl_terms, rollout_terms, METRICS, NUM_EXTRAS,
         )  # fmt: skip
     else:
         later = _sequences_later(CU_SEQLENS, seq, end, lane, start, T, G)
         _tile_loss(
             tokens, loaded, of_sequences, seq, later, start, lane, remaining, spans, GRAD, PARTIALS,
-            terms, METRICS, NUM_EXTRAS,
+            terms, kl_terms, rollout_terms, METRICS, NUM_EXTRAS,
         )  # fmt: skip
 
 
@@ -356,6 +359,8 @@ def policy_loss_sequence_kernel(
     N: tl.int64,
     T: tl.int64,
     terms,
+    kl_terms,
+    rollout_terms,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -376,7 +381,7 @@ def policy_loss_sequence_kernel(
         end = tl.minimum(tl.load(CU_SEQLENS + seq + 1).to(tl.int64), N)
 
     if ROLLOUTS is not None:
-        of_sequence, code = _rollout_of_sequence(tokens, terms.rollout, first, end, lane)
+        of_sequence, code = _rollout_of_sequence(tokens, rollout_terms, first, end, lane)
         tl.store(ROLLOUTS + seq, of_sequence)
         tl.store(ROLLOUTS + tl.num_programs(0) + seq, code)
 
@@ -428,9 +433,9 @@ def policy_loss_sequence_kernel(
                 policy_weight = like + tl.load(POLICY_WEIGHTS + seq).to(tl.float32)
             if tokens.rollout_log_probs is not None:
                 log_weight, unscored = _rollout_log_ratio(
-                    tokens, terms.rollout, position + lane, counted
+                    tokens, rollout_terms, position + lane, counted
                 )
-                correction = rollout_of_token(terms.rollout, log_weight, unscored)[0]
+                correction = rollout_of_token(rollout_terms, log_weight, unscored)[0]
                 if ROLLOUTS is not None:
                     correction *= of_sequence
                 policy_weight = _product(policy_weight, correction)
@@ -438,7 +443,7 @@ def policy_loss_sequence_kernel(
             if tokens.ref_log_probs is not None:
                 ref_log_prob = _load_counted(tokens.ref_log_probs, position + lane, counted)
             term = token_terms(
-                terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
+                terms, kl_terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob
             )
             grads += tl.where(counted, term[1], 0.0)
             position += BLOCK

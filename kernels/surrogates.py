@@ -33,8 +33,6 @@ class TokenTerms(NamedTuple):
     surrogate: Any  # (token loss, its settings)
     log_ratio_clamp: Any
     token_clip: Any  # bounds of a token's log-ratio in the mean of its sequence, or None
-    kl: Any  # KLTerms; None: no reference
-    rollout: Any = None  # RolloutTerms of rollout.py; None: no rollout log-probs
 
 
 @triton.jit
@@ -252,9 +250,9 @@ def token_kl(kl, d, ratio):
 
 
 @triton.jit
-def token_terms(terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob):
-    """The policy term of a token and its KL term. ``terms``: of :class:`TokenTerms`;
-    policy_weight and ref_log_prob may be None.
+def token_terms(terms, kl_terms, log_prob, ratio, outside, advantage, policy_weight, ref_log_prob):
+    """The policy term of a token and its KL term. ``terms`` is a :class:`TokenTerms`, ``kl_terms``
+    a :class:`KLTerms`; policy_weight and ref_log_prob may be None.
 
     Returns loss, derivative through the ratio, derivative past it, clipped low, clipped high, KL,
     and the further values of the token loss.
@@ -268,16 +266,16 @@ def token_terms(terms, log_prob, ratio, outside, advantage, policy_weight, ref_l
         through_ratio = tl.where(kept, policy_weight * through_ratio, 0.0)
         past_ratio = tl.where(kept, policy_weight * past_ratio, 0.0)
     kl = tl.zeros_like(loss)
-    if ref_log_prob is not None:  # Triton 3.6 cannot compare a tuple with None in it
-        kl, kl_grad = token_kl(terms.kl, ref_log_prob - log_prob, ratio)
+    if ref_log_prob is not None:
+        kl, kl_grad = token_kl(kl_terms, ref_log_prob - log_prob, ratio)
         # Where the reference is read for its metric alone, not 0 * inf.
-        asked_for = terms.kl.beta > 0
-        if terms.kl.CORRECTED is not None:
+        asked_for = kl_terms.beta > 0
+        if kl_terms.CORRECTED is not None:
             kl *= ratio
             kl_grad *= ratio
-            through_ratio += tl.where(asked_for & (outside == 0), terms.kl.beta * kl, 0.0)
-        loss += tl.where(asked_for, terms.kl.beta * kl, 0.0)
-        past_ratio += tl.where(asked_for, terms.kl.beta * kl_grad, 0.0)
+            through_ratio += tl.where(asked_for & (outside == 0), kl_terms.beta * kl, 0.0)
+        loss += tl.where(asked_for, kl_terms.beta * kl, 0.0)
+        past_ratio += tl.where(asked_for, kl_terms.beta * kl_grad, 0.0)
     return loss, through_ratio, past_ratio, term[3], term[4], kl, term[5:]
 
 

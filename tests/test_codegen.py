@@ -92,22 +92,22 @@ def token_dtypes(case):
 
 
 _ROLLOUT = (
-    "tokens.rollout_log_probs", "ROLLOUTS", "terms.rollout", "terms.rollout.TOKEN",
-    "terms.rollout.log_weight", "terms.rollout.token_bounds", "terms.rollout.sequence_bounds",
-    "terms.rollout.unscored",
+    "tokens.rollout_log_probs", "ROLLOUTS", "rollout_terms", "rollout_terms.TOKEN",
+    "rollout_terms.log_weight", "rollout_terms.token_bounds", "rollout_terms.sequence_bounds",
+    "rollout_terms.unscored",
 )  # fmt: skip
 OPTIONAL = {
     FWD: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
-        "RATIO_GRADS", "GRAD", "terms.token_clip", "terms.kl", "terms.kl.clamps",
-        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD", "terms.kl.CORRECTED", *_ROLLOUT,
+        "RATIO_GRADS", "GRAD", "terms.token_clip", "kl_terms", "kl_terms.clamps",
+        "kl_terms.grad_estimator", "kl_terms.WEIGHTED_GRAD", "kl_terms.CORRECTED", *_ROLLOUT,
     ),
     SEQUENCE: (
         "tokens.old_log_probs", "tokens.ref_log_probs", "tokens.advantages", "tokens.mask",
         "tokens.policy_weights", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS",
-        "RATIO_GRADS", "terms.token_clip", "terms.kl", "terms.kl.clamps",
-        "terms.kl.grad_estimator", "terms.kl.WEIGHTED_GRAD", *_ROLLOUT,
+        "RATIO_GRADS", "terms.token_clip", "kl_terms", "kl_terms.clamps",
+        "kl_terms.grad_estimator", "kl_terms.WEIGHTED_GRAD", *_ROLLOUT,
     ),
 }  # fmt: skip
 

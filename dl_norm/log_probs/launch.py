@@ -83,7 +83,11 @@ def policy_loss_fwd(
     policy_weights = _of_sequences(batch.policy_weights, of_tokens.policy_weights, sequences)
     cu_seqlens = contiguous(batch.cu_seqlens, sequences + 1)
     length = tokens if cu_seqlens is not None else log_probs.shape[1]
-    of_token = device_terms(terms, batch.ref_log_probs is not None, batch.rollout_log_probs)
+    of_token = (
+        device_terms(terms),
+        kl_terms(terms, batch.ref_log_probs),
+        rollout_terms(terms.rollout, batch.rollout_log_probs),
+    )
     config = tile_config(log_probs.element_size(), target().warp_size)
     programs = -(-tokens // config.block)
     partials = torch.empty((1 + len(sums), programs), dtype=torch.float32, device=device)
@@ -96,13 +100,14 @@ def policy_loss_fwd(
                 through_ratio = of_tokens._replace(ref_log_probs=None)
             policy_loss_sequence_kernel[(sequences,)](
                 through_ratio, advantages, policy_weights, cu_seqlens, means, ratio_grads,
-                rollouts, tokens, length, of_token, MEAN=terms.ratio_level != "sequence_sum",
-                BLOCK=512, num_warps=2 * config.num_warps,
+                rollouts, tokens, length, *of_token,
+                MEAN=terms.ratio_level != "sequence_sum", BLOCK=512, num_warps=2 * config.num_warps,
             )  # fmt: skip
         policy_loss_fwd_kernel[(programs,)](
             of_tokens, contiguous(batch.weights, sequences), advantages, policy_weights,
             cu_seqlens, means, ratio_grads, rollouts, grad if write_grad else None, partials,
-            tokens, length, sequences, of_token, METRICS=metrics, NUM_EXTRAS=num_extras,
+            tokens, length, sequences, *of_token, METRICS=metrics,
+            NUM_EXTRAS=num_extras,
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps,
         )  # fmt: skip
         reduce_partials(partials, loss, sums, rollout=batch.rollout_log_probs is not None)
@@ -124,22 +129,17 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     return out
 
 
-def device_terms(
-    terms: TokenLoss, reference: bool, rollout_log_probs: Tensor | None = None
-) -> TokenTerms:
-    """``terms`` as kernels take them; without a ``reference`` there is no KL."""
-    of_token = TokenTerms(
-        (kind_of(terms).device(), terms.settings),
-        terms.log_ratio_clamp,
-        terms.token_clip or None,
-        None,
-        None
-        if rollout_log_probs is None
-        else _rollout_terms(terms.rollout, rollout_log_probs.dtype),
-    )
-    if not reference:
-        return of_token
-    kl = KLTerms(
+def device_terms(terms: TokenLoss) -> TokenTerms:
+    """``terms`` as kernels take them, but for the KL term and the rollout correction: within one
+    record Triton 3.6 takes another for a third."""
+    surrogate = kind_of(terms).device(), terms.settings
+    return TokenTerms(surrogate, terms.log_ratio_clamp, terms.token_clip or None)
+
+
+def kl_terms(terms: TokenLoss, ref_log_probs: Tensor | None) -> KLTerms | None:
+    if ref_log_probs is None:
+        return None
+    return KLTerms(
         terms.beta,
         KL_FUNCTIONS[terms.kl.estimator],
         terms.kl.clamps,
@@ -147,15 +147,16 @@ def device_terms(
         1 if terms.kl.gradient == "unbiased" else None,
         1 if terms.bias_corrected_kl else None,
     )
-    return of_token._replace(kl=kl)
 
 
-def _rollout_terms(rollout: Rollout, dtype: torch.dtype) -> RolloutTerms:
+def rollout_terms(rollout: Rollout, log_probs: Tensor | None) -> RolloutTerms | None:
+    if log_probs is None:
+        return None
     bound = rollout_kernels.truncate if rollout.mode == "truncate" else rollout_kernels.mask
     log_weights = {"sequence": rollout_kernels.total, "geometric": rollout_kernels.mean}
     unscored = rollout.unscored
     if unscored is not None:  # as the log-probs hold it
-        unscored = float(torch.tensor(unscored).to(dtype))
+        unscored = float(torch.tensor(unscored).to(log_probs.dtype))
     return RolloutTerms(
         (bound, rollout.bounds),
         1 if rollout.level == "token" else None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..device import target
 from ..kernels.logits_policy_loss import RowTokens, logits_policy_loss_kernel
-from ..log_probs.launch import aligned, device_terms
+from ..log_probs.launch import aligned, device_terms, kl_terms, rollout_terms
 from ..log_probs.launch import reduce_partials as launch_reduce
 from .records import RowOutputs, RowSettings, TokenRows
 
@@ -103,8 +103,10 @@ def _launch(
             shard.first if shard.spread else None, shard.vocabulary if shard.spread else None,
             offset, first_row, rows.count, row_length, logits.shape[-1], strides[0], strides[1],
             1.0 / settings.temperature, settings.softcap,
-            None if terms is None else device_terms(
-                terms, rows.ref_log_probs is not None, rows.rollout_log_probs
+            *(
+                (None, None, None) if terms is None else
+                (device_terms(terms), kl_terms(terms, rows.ref_log_probs),
+                 rollout_terms(terms.rollout, rows.rollout_log_probs))
             ),
             METRICS=settings.metrics, NUM_EXTRAS=len(settings.extra_names),
             GROUPS=config.groups, VECTOR=config.vector, num_warps=config.num_warps, **limit,
