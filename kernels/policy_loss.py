@@ -544,14 +544,16 @@ def policy_loss_bwd_kernel(
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """OUT = GRAD * grad_output; in place there is nothing to do when grad_output is 1."""
+    """OUT = GRAD * grad_output, two tiles a program; in place there is nothing to do when
+    grad_output is 1."""
     scale = tl.load(GRAD_OUTPUT).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     if (not IN_PLACE) | (scale != 1.0):
-        start = tl.program_id(0).to(tl.int64) * BLOCK
-        remaining = tl.minimum(N - start, BLOCK).to(tl.int32)
-        if remaining == BLOCK:
-            grad = _load(GRAD, start, lane, None)
-        else:
-            grad = _load(GRAD, start, lane, lane < remaining)
-        _store_tile(OUT, start, lane, remaining, grad.to(tl.float32) * scale)
+        for tile in range(2):
+            start = (2 * tl.program_id(0).to(tl.int64) + tile) * BLOCK
+            remaining = tl.minimum(N - start, BLOCK).to(tl.int32)
+            if remaining == BLOCK:
+                grad = _load(GRAD, start, lane, None)
+            else:
+                grad = _load(GRAD, start, lane, lane < remaining)
+            _store_tile(OUT, start, lane, remaining, grad.to(tl.float32) * scale)

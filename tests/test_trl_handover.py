@@ -156,7 +156,7 @@ def make_batch(case):
         batch["importance_sampling_ratio"] = ratio.clamp(max=RATIO_MAX)
     batch["num_items_in_batch"] = mask.sum()
     batch["sequence_weights"] = _generation_batch_weights(
-        mask.sum(1), LOSSES[case.loss][0], 1.0, MAX_LENGTH
+        mask.sum(1), LOSSES[case.loss][0], alpha=1.0, max_length=MAX_LENGTH, keep=None
     )
     batch[LOSS_TOKENS] = int(mask.sum())
     return batch, hidden, head

@@ -23,7 +23,7 @@ from trl_tiny import build, prompts, reward, save_model
 
 from dl_norm.integrations import trl as integration
 from dl_norm.integrations.trl import DeltaLGRPOConfig, DeltaLGRPOTrainer
-from dl_norm.integrations.trl.config import REFUSED, WITHOUT_EFFECT, warnings_of
+from dl_norm.integrations.trl.config import WITHOUT_EFFECT, warnings_of
 from dl_norm.integrations.trl.trainer import logger
 from dl_norm.surrogates import SURROGATES
 
@@ -90,13 +90,10 @@ READ_BY_TRL = """
     vllm_importance_sampling_correction _entropy_bonus_enabled _entropy_window_stats
     _get_per_token_logps_and_entropies _last_world_entropy _metrics
 """
-OTHER_VALUE = {  # a value that is not TRL's default, for each refused option
-    **dict.fromkeys(REFUSED, 0.5),
-}
 
 
-def test_every_option_of_trl_is_followed_refused_or_outside_the_loss():
-    groups = [set(FOLLOWED), CHECKED, set(REFUSED), set(BEFORE_THE_LOSS.split())]
+def test_every_option_of_trl_is_followed_checked_or_outside_the_loss():
+    groups = [set(FOLLOWED), CHECKED, set(BEFORE_THE_LOSS.split())]
     for i, group in enumerate(groups):
         for other in groups[i + 1 :]:
             assert not group & other
@@ -129,12 +126,6 @@ def config(tmp_path):
         )
 
     return build_config
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_options_raise_at_construction(config, name):
-    with pytest.raises(ValueError, match=rf"{name}=.* is not supported: .*(use|leave)"):
-        config(**{name: OTHER_VALUE[name]})
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,9 @@ def policy_loss_bwd(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Te
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if grad.numel() == 0:
         return out
-    block = 4096
+    block = 2048
     with torch.accelerator.device_index(grad.device.index):
-        policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), block),)](
+        policy_loss_bwd_kernel[(triton.cdiv(grad.numel(), 2 * block),)](
             grad, grad_output, out, grad.numel(), IN_PLACE=in_place, BLOCK=block,
             num_warps=256 // target().warp_size,
         )  # fmt: skip

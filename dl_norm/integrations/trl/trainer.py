@@ -227,10 +227,10 @@ class DeltaLGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, dl_norm.PolicyLossMetrics]:
         """0-dim loss of (B, T) log-probs, the part of it that TRL calls policy; its metrics."""
         arguments = self._loss_arguments(inputs, mask, weights)
-        if self.args.surrogate == "vespo" and arguments["rollout_weights"] is not None:
+        if self.args.surrogate == "vespo" and arguments.pop("rollout_correction", None):
             # Of the product, and no factor beside it.
-            old_log_probs = vespo_old_log_probs(log_probs.detach(), inputs)
-            arguments |= {"old_log_probs": old_log_probs, "rollout_weights": None}
+            del arguments["rollout_log_probs"]
+            arguments["old_log_probs"] = vespo_old_log_probs(log_probs.detach(), inputs)
         return dl_norm.policy_loss(
             log_probs,
             **arguments,
