@@ -483,9 +483,19 @@ def count_slice_keys(arch: str) -> dict[str, int]:
 
 
 def compile_all(
-    compile_case: Callable[[Any, str], dict], cases: Sequence, archs: list[str], workers: int = 2
+    compile_case: Callable[[Any, str], dict],
+    cases: Sequence,
+    archs: list[str],
+    in_turn: Sequence[str],
+    workers: int = 2,
 ) -> list[dict[str, Any]]:
-    jobs = [(case, arch) for case in cases for arch in archs]
+    """``in_turn``: targets of which each case takes one; it takes all others."""
+    jobs = [
+        (case, arch)
+        for i, case in enumerate(cases)
+        for arch in archs
+        if arch not in in_turn or arch == in_turn[i % len(in_turn)]
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         results = pool.map(compile_case, *zip(*jobs, strict=True))
@@ -529,11 +539,15 @@ def main(
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--json", type=Path, help="also write every result to this file")
+    parser.add_argument(
+        "--alternate", action="store_true", help="each case for sm_90 and one other, in turn"
+    )
     arguments = parser.parse_args()
     archs = arguments.target or list(TARGETS)
     with tempfile.TemporaryDirectory() as cache:  # fresh: nothing compiled earlier is read
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = compile_all(compile_case, cases, archs)
+        in_turn = ("sm_80", "sm_100", "gfx942") if arguments.alternate else ()
+        rows = compile_all(compile_case, cases, archs, in_turn)
     show(rows, Console(width=None if sys.stdout.isatty() else 160))
     if arguments.json:
         found = {name: {arch: count(arch) for arch in archs} for name, count in counts.items()}
