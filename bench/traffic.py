@@ -119,6 +119,7 @@ ENTRIES = (
           stands_for=("8192x4096x151936", "32768x2048x151936", "16384x2048x248320")),
     Entry("linear", HeadCase("24x8x151936 40%", "linear", 2, ROWS // 2, V, 8, 0.4),
           (OURS, "dl_norm max_tokens", "TRL"), BF16, stands_for=("8192x4096x151936 40%",)),
+    Entry("kept", KeptCase("128x1024x2048", 1, 128, 2048, 1024), (OURS,), BF16),
 )  # fmt: skip
 
 

@@ -55,6 +55,31 @@ def log_prob_lines() -> Iterator[str]:
         yield line(label, *cells)
 
 
+def traffic_lines() -> Iterator[str]:
+    path = sorted((ROOT / "bench" / "results").glob("sm-90-ptx-traffic-*.json"))[-1]
+    rows = {(row["entry"], row["contestant"]): row for row in json.loads(path.read_text())["rows"]}
+    for label, entry, contestant in (
+        ("log-probs", "log_probs 64x1024 100% float32", "dl_norm"),
+        ("with metrics", "log_probs 64x1024 100% float32", "dl_norm + metrics"),
+        ("bfloat16", "log_probs 64x1024 100% bfloat16", "dl_norm"),
+        ("bfloat16 with metrics", "log_probs 64x1024 100% bfloat16", "dl_norm + metrics"),
+        ("log-probs, 40 % filled", "log_probs 16x8192 40% float32", "dl_norm"),
+        ("logits, bfloat16", "logits 24x151936 none clipped bfloat16", "dl_norm"),
+        ("– Liger-Kernel", "logits 24x151936 none clipped bfloat16", "Liger"),
+        ("– TRL", "logits 24x151936 none clipped bfloat16", "TRL"),
+        ("log-probs of logits, bfloat16", "token_log_probs 24x151936 bfloat16", "dl_norm"),
+        ("– Liger-Kernel", "token_log_probs 24x151936 bfloat16", "Liger"),
+        ("– TRL", "token_log_probs 24x151936 bfloat16", "TRL"),
+    ):
+        row = rows[entry, contestant]
+        total = {k: sum(w[k] for w in row["work"]) for k in ("bytes", "instructions", "special")}
+        yield line(
+            label, f"{row['floor'] / row['units']:.1f}", f"{total['bytes'] / row['units']:.2f}",
+            f"{32 * total['instructions'] / row['units']:.1f}",
+            f"{32 * total['special'] / row['units']:.2f}", f"{row['barriers']:.0f}",
+        )  # fmt: skip
+
+
 def head_lines() -> Iterator[str]:
     for label, suite, case, names in (
         ("hidden 1024×256, V = 16,384", "linear", "1024x256x16384",
@@ -111,7 +136,9 @@ def sentences() -> Iterator[str]:
     )
 
 
-@pytest.mark.parametrize("expected", [log_prob_lines, head_lines, step_lines, sentences])
+@pytest.mark.parametrize(
+    "expected", [log_prob_lines, head_lines, step_lines, traffic_lines, sentences]
+)
 def test_numbers_are_those_measured(expected: Callable[[], Iterator[str]]) -> None:
     text = " ".join(PAGE.split())
     for one in expected():
