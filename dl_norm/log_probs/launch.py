@@ -21,8 +21,8 @@ from ..kernels.policy_loss import (
     policy_loss_bwd_kernel,
     policy_loss_fwd_kernel,
     policy_loss_reduce_kernel,
-    policy_loss_sequence_kernel,
 )
+from ..kernels.policy_loss_sequence import policy_loss_sequence_kernel
 from ..kernels.rollout import RolloutTerms
 from ..kernels.surrogates import KLTerms, TokenTerms
 from ..options import TokenLoss, kind_of, num_sums
