@@ -113,9 +113,9 @@ def test_every_peer_agrees_with_float64() -> None:
             continue  # compiles for seconds; bench.table checks it before timing
         try:
             prepared = contest.prepare(contestant, inputs)
-        except NotHere:
+            parity.check(prepared, expected)
+        except (NotHere, NotInstalled):
             continue
-        parity.check(prepared, expected)
         checked.append(contestant.name)
     assert {OURS, "reference"} <= set(checked)
     for package, names in (("trl", {"TRL", "TRL + metrics"}), ("verl", {"verl", "verl + metrics"})):

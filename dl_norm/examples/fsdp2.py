@@ -53,6 +53,7 @@ def main():
     off = max((mine.grad.full_tensor() - one.grad).abs().max().item() for mine, one in pairs)
     if rank == 0:
         print(f"{ranks} processes; largest difference from the gradient of one: {off:.1e}")
+    dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 

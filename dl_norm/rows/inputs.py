@@ -56,7 +56,7 @@ class Wanted:
 
     @property
     def anything(self) -> bool:
-        return any(vars(self).values())
+        return self.entropy or self.return_log_probs or self.return_metrics or self.sum_sq_probs
 
     def outputs(
         self,

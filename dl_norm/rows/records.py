@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -61,8 +61,7 @@ class TokenRows:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class VocabShard:
+class VocabShard(NamedTuple):
     """The part of a vocabulary that is here, where it is spread over the processes of a group.
 
     group: its name; "" where all of the vocabulary is here, and the rest means nothing.
