@@ -77,6 +77,9 @@ class VocabShard(NamedTuple):
         return self.group != ""
 
 
+WHOLE = VocabShard()
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """Everything of a pass over rows of logits that is not a tensor.
@@ -90,7 +93,7 @@ class RowSettings:
     metrics: bool = False
     entropy: bool = False
     sum_sq_probs: bool = False
-    shard: VocabShard = VocabShard()
+    shard: VocabShard = WHOLE
 
     @property
     def extra_names(self) -> tuple[str, ...]:
