@@ -42,9 +42,8 @@ def main():
     fully_shard(model, mesh=dist.init_device_mesh(device.split(":")[0], (ranks,)))
     # Normalised over all sequences. FSDP2 averages gradients where the loss needs their sum.
     weights = dl_norm.sequence_weights(mask.sum(-1), max_length=MAX_LENGTH, group=dist.group.WORLD)
-    scale = dl_norm.gradient_scale(num_processes=ranks)
-    log_probs = log_probs_of(model, tokens)
-    dl_norm.policy_loss(log_probs, None, advantages, mask, scale * weights).backward()
+    weights = weights * dl_norm.gradient_scale(num_processes=ranks)
+    dl_norm.policy_loss(log_probs_of(model, tokens), None, advantages, mask, weights).backward()
 
     alone, (tokens, mask, advantages) = make_model(), whole
     weights = dl_norm.sequence_weights(mask.sum(-1), max_length=MAX_LENGTH, group="local")
