@@ -55,6 +55,22 @@ def log_prob_lines() -> Iterator[str]:
         yield line(label, *cells)
 
 
+def kept_lines() -> Iterator[str]:
+    (path,) = (ROOT / "bench" / "results").glob("amd-epyc-cpu-1-threads-kept-*.json")
+    rows = {(r["case"], r["contestant"]): r for r in json.loads(path.read_text())["rows"]}
+    for label, case in {
+        "256×896, V = 151,936": "256x896x151936",
+        "the same, head frozen": "256x896x151936 frozen head",
+    }.items():
+        cells = []
+        for name in ("dl_norm", "masked logits", "full head"):
+            row = rows[case, name]
+            more = "" if name == "dl_norm" else f" ({row['ratio_to_ours']:.0f}×)"
+            time = f"{row['time']['median'] * 1e3:,.{1 if name == 'dl_norm' else 0}f}"
+            cells.append(f"{time}, {row['peak_bytes'] / 1e6:,.0f}{more}")
+        yield line(label, *cells)
+
+
 def traffic_lines() -> Iterator[str]:
     path = sorted((ROOT / "bench" / "results").glob("sm-90-ptx-traffic-*.json"))[-1]
     rows = {(row["entry"], row["contestant"]): row for row in json.loads(path.read_text())["rows"]}
@@ -137,7 +153,7 @@ def sentences() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "expected", [log_prob_lines, head_lines, step_lines, traffic_lines, sentences]
+    "expected", [log_prob_lines, head_lines, step_lines, kept_lines, traffic_lines, sentences]
 )
 def test_numbers_are_those_measured(expected: Callable[[], Iterator[str]]) -> None:
     text = " ".join(PAGE.split())
