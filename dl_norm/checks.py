@@ -18,14 +18,18 @@ REAL_DTYPES = (*LOG_PROB_DTYPES, torch.float64)
 
 def check_number(value, name: str, rule: str, holds: Callable[[float], bool]) -> float:
     """``value`` as a Python number; those of NumPy are taken too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
-    if isinstance(value, np.generic):
-        value = value.item()
+    value = check_bound(value, name)
     # Not math.isfinite: torch.compile may hand a symbolic float.
     if not (-math.inf < value < math.inf and holds(value)):
         raise ValueError(f"expected {rule} and finite, got {name}={value}")
     return value
+
+
+def check_bound(value, name: str) -> float:
+    """As :func:`check_number`, of what may be infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_flag(value, name: str) -> None:

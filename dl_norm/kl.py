@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_choice
+from .checks import check_bound, check_choice
 from .surrogates import clamp
 
 # The estimate in PyTorch operations, and its derivative by the log-prob.
@@ -52,9 +52,7 @@ class KL:
         check_choice(self.estimator, "the estimator of a KL", tuple(ESTIMATORS))
         check_choice(self.gradient, "the gradient of a KL", GRADIENTS)
         for name in ("log_ratio_clamp", "clamp"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} of a KL must be a number, got {value!r}")
+            value = check_bound(getattr(self, name), f"{name} of a KL")
             if not value > 0:
                 raise ValueError(f"{name} of a KL must be > 0 (inf: none), got {value}")
             object.__setattr__(self, name, float(value))

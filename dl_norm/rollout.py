@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Batch, make_batch
-from .checks import REAL_DTYPES, check_choice, check_tensor
+from .checks import REAL_DTYPES, check_bound, check_choice, check_tensor
 from .weights.group_sums import Group, sum_over
 
 LEVELS = ("token", "sequence", "geometric", "none")
@@ -112,12 +112,12 @@ class RolloutCorrection:
         if not (isinstance(reject, (tuple, list)) and all(isinstance(r, Reject) for r in reject)):
             raise TypeError(f"reject must be a dl_norm.Reject or a tuple of them, got {reject!r}")
         object.__setattr__(self, "reject", tuple(reject))
-        veto = _number(self.veto, "veto of a RolloutCorrection")
+        veto = float(check_bound(self.veto, "veto of a RolloutCorrection"))
         if not 0 <= veto <= 1:
             raise ValueError(f"veto of a RolloutCorrection must be in [0, 1], got {veto}")
         object.__setattr__(self, "veto", veto)
         if self.unscored is not None:
-            unscored = _number(self.unscored, "unscored of a RolloutCorrection")
+            unscored = float(check_bound(self.unscored, "unscored of a RolloutCorrection"))
             # NaN is unscored whatever this says, and is equal to nothing.
             object.__setattr__(self, "unscored", None if math.isnan(unscored) else unscored)
 
@@ -317,7 +317,8 @@ def rollout_mean_weight(
     if rollout.level in ("off", "none"):
         raise ValueError("a correction without weights (level='none') has no mean to divide by")
     sequences = len(old_log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    ones = torch.ones(sequences, device=old_log_probs.device)
+    # Whatever the default dtype is.
+    ones = torch.ones(sequences, dtype=torch.float32, device=old_log_probs.device)
     batch = make_batch(
         old_log_probs, None, ones, mask, ones, REAL_DTYPES, cu_seqlens=cu_seqlens,
         rollout_log_probs=rollout_log_probs,
@@ -366,15 +367,10 @@ def _log(bound: float) -> float:
     return math.log(bound) if bound > 0 else -math.inf
 
 
-def _number(value, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{what} must be a number, got {value!r}")
-    return float(value)
-
-
 def _check_interval(owner: Reject | RolloutCorrection, what: str) -> None:
     for name in ("low", "high"):
-        object.__setattr__(owner, name, _number(getattr(owner, name), f"{name} of {what}"))
+        value = check_bound(getattr(owner, name), f"{name} of {what}")
+        object.__setattr__(owner, name, float(value))
     if not 0 <= owner.low < owner.high:
         raise ValueError(
             f"low and high of {what} must be 0 <= low < high (inf: no bound), got low={owner.low}, "

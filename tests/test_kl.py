@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,6 +164,12 @@ def test_the_old_policy_may_be_the_reference(make_batch, run_loss):
 def test_errors(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert KL(clamp=np.float32(2.0)) == KL(clamp=np.int64(2)) == KL(clamp=2)
+    correction = dl_norm.RolloutCorrection(high=np.float32(2.0), veto=np.float32(0.5))
+    assert correction == dl_norm.RolloutCorrection(high=2, veto=0.5)
 
 
 def loss(**options):

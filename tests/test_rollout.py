@@ -493,3 +493,18 @@ if __name__ == "__main__":  # one rank of test_two_processes
     metrics = part.run("torch", rollout_correction=correction)[2].all_reduce()
     torch.save((mean, metrics.summary()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_mean_weight_under_another_default_dtype(dtype):
+    old = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    given = old, old - 0.25, mask, dl_norm.RolloutCorrection(high=3.0)
+    expected = dl_norm.rollout_mean_weight(*given)
+    torch.set_default_dtype(dtype)
+    try:
+        found = dl_norm.rollout_mean_weight(*given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and found == expected
+    assert expected.item() == pytest.approx(math.exp(0.25))

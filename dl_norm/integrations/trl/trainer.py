@@ -139,7 +139,10 @@ class DeltaLGRPOTrainer(GRPOTrainer):
         assert size is not None
         keep = None
         if self.args.drop_zero_advantage_groups:
-            keep = (advantages != 0).view(-1, size).any(1).repeat_interleave(size)
+            # Of each token, where there is one: those of a sequence may add up to 0.
+            signal = batch["advantages"].reshape(len(local), -1).ne(0).any(1)
+            signal = self.accelerator.gather(signal)
+            keep = signal.view(-1, size).any(1).repeat_interleave(size)
         weights = _generation_batch_weights(
             lengths,
             cast(Method, self.args.aggregation),
