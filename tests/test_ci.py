@@ -80,7 +80,13 @@ def start(checkout, extras="test"):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_interruptible,
     )
+
+
+def _interruptible():
+    """A shell without job control starts what is in its background with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(run, checkout, code=0):
