@@ -155,6 +155,26 @@ def make_batch(
     return _with_masks(batch, entropy_mask, sequence_mask)
 
 
+def unweighted_batch(
+    log_probs: Tensor, *, advantages: Tensor | None = None, **tensors: Tensor | None
+) -> Batch:
+    """One whose sequences all weigh 1, of any real dtype: for what is known before the loss.
+
+    ``tensors``: of :func:`make_batch`. advantages None: 1, where they have no part.
+    """
+    check_tensor("log_probs", log_probs, REAL_DTYPES)
+    sequences = _check_layout(log_probs, tensors.get("mask"), tensors.get("cu_seqlens"))
+    # Whatever the default dtype is.
+    ones = torch.ones(sequences, dtype=torch.float32, device=log_probs.device)
+    return make_batch(
+        log_probs,
+        advantages=ones if advantages is None else advantages,
+        weights=ones,
+        dtypes=REAL_DTYPES,
+        **{"old_log_probs": None, **tensors},  # type: ignore
+    )
+
+
 def _with_masks(batch: Batch, entropy_mask: Tensor | None, sequence_mask: Tensor | None) -> Batch:
     """The rollout weights, 0 where a mask drops the policy term; without them what is kept."""
     weights = batch.policy_weights

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, make_batch
+from .batch import Batch, unweighted_batch
 from .checks import REAL_DTYPES, check_bound, check_choice, check_tensor
 from .weights.group_sums import Group, sum_over
 
@@ -316,13 +316,9 @@ def rollout_mean_weight(
     rollout = rollout_of(rollout_correction)
     if rollout.level in ("off", "none"):
         raise ValueError("a correction without weights (level='none') has no mean to divide by")
-    sequences = len(old_log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    # Whatever the default dtype is.
-    ones = torch.ones(sequences, dtype=torch.float32, device=old_log_probs.device)
-    batch = make_batch(
-        old_log_probs, None, ones, mask, ones, REAL_DTYPES, cu_seqlens=cu_seqlens,
-        rollout_log_probs=rollout_log_probs,
-    )  # fmt: skip
+    batch = unweighted_batch(
+        old_log_probs, rollout_log_probs=rollout_log_probs, mask=mask, cu_seqlens=cu_seqlens
+    )
     weights = correct(batch, rollout._replace(token_bounds=(), sequence_bounds=())).weights
     counts = batch.counted()
     if rollout.level != "token":

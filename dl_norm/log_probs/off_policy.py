@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import make_batch
+from ..batch import unweighted_batch
 from ..checks import REAL_DTYPES, check_number, check_tensor
 
 
@@ -42,12 +42,10 @@ def off_policy_sequence_mask(
     Source: DeepSeek-V3.2, arXiv:2512.02556, equation 9.
     """
     check_number(threshold, "threshold", "threshold > 0", lambda v: v > 0)
-    check_tensor("log_probs", log_probs, REAL_DTYPES)
     check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
-    sequences = len(log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    batch = make_batch(
-        log_probs, old_log_probs, advantages, mask, log_probs.new_ones(sequences).float(),
-        REAL_DTYPES, cu_seqlens=cu_seqlens,
+    batch = unweighted_batch(
+        log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
     difference = torch.nan_to_num(old_log_probs.float() - log_probs.float(), nan=0.0)
     means = batch.sequence_means(difference.masked_fill_(~batch.counted(), 0.0))

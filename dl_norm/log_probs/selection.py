@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..batch import Batch, make_batch
+from ..batch import Batch, unweighted_batch
 from ..checks import REAL_DTYPES, check_number, check_tensor
 from ..weights.group_sums import Group, sum_over
 from .order import largest, order_keys, smallest_of_mean_below, wide
@@ -60,9 +60,13 @@ def clip_cov_mask(
     _check_fraction(fraction)
     check_number(low, "low", "low < high", lambda v: v < high)
     check_number(high, "high", "high > low", lambda v: v > low)
+    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
     for name, value in (("eps_low", eps_low), ("eps_high", eps_high)):
         check_number(value, name, f"{name} >= 0", lambda v: v >= 0)
-    batch = _batch(log_probs, advantages, mask, cu_seqlens, old_log_probs=old_log_probs)
+    batch = unweighted_batch(
+        log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
+        cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     covariance, counted, tokens = _covariance(batch, group)
     ratio = (log_probs.float() - old_log_probs.float()).exp()
     advantage = batch.per_token(batch.advantages)
@@ -107,7 +111,7 @@ def kl_cov_tokens(
     Source: arXiv:2505.22617. verl and SkyRL have it as ``kl_cov``, over a micro-batch each.
     """
     _check_fraction(fraction)
-    batch = _batch(log_probs, advantages, mask, cu_seqlens)
+    batch = unweighted_batch(log_probs, advantages=advantages, mask=mask, cu_seqlens=cu_seqlens)
     covariance, counted, tokens = _covariance(batch, group)
     keys = order_keys(covariance.flatten())
     return largest(keys, counted.flatten(), _count(fraction, tokens), group).view(log_probs.shape)
@@ -148,10 +152,10 @@ def second_moment_mask(
     rule = "0 < threshold < 256"
     check_number(threshold, "threshold", rule, lambda v: 0 < v < 256)
     check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
-    batch = _batch(
-        old_log_probs, _zeros(old_log_probs, cu_seqlens), mask, cu_seqlens,
-        old_log_probs=rollout_log_probs,
-    )  # fmt: skip
+    check_tensor("rollout_log_probs", rollout_log_probs, REAL_DTYPES)
+    batch = unweighted_batch(
+        old_log_probs, old_log_probs=rollout_log_probs, mask=mask, cu_seqlens=cu_seqlens
+    )
     difference = wide(old_log_probs) - wide(rollout_log_probs)
     moment = torch.nan_to_num(difference, nan=0.0).square().clamp(max=256.0)
     keys = (moment * _POINT).round().long().flatten()
@@ -161,28 +165,6 @@ def second_moment_mask(
 
 def _check_fraction(fraction: float) -> None:
     check_number(fraction, "fraction", "0 < fraction <= 1", lambda v: 0 < v <= 1)
-
-
-def _zeros(log_probs: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A float32 number per sequence."""
-    sequences = len(log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return log_probs.new_zeros(sequences, dtype=torch.float32)
-
-
-def _batch(
-    log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    old_log_probs: Tensor | None = None,
-) -> Batch:
-    check_tensor("log_probs", log_probs, REAL_DTYPES)
-    weights = _zeros(log_probs, cu_seqlens) + 1
-    if old_log_probs is not None:
-        check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
-    return make_batch(
-        log_probs, old_log_probs, advantages, mask, weights, REAL_DTYPES, cu_seqlens=cu_seqlens
-    )
 
 
 def _covariance(batch: Batch, group: Group) -> tuple[Tensor, Tensor, Tensor]:
