@@ -4,7 +4,8 @@
 
 A list is a signature, a call, a tuple, list or dict, or the fields of a class, which names four or
 more of them, each by its own name. A list inside another is not counted again, and the overloads
-of a function are one list with its signature.
+of a function are one list with its signature. The last line says how many are what a record or a
+function takes; the others hand on what was taken.
 """
 
 from __future__ import annotations
@@ -56,30 +57,32 @@ def decorators(node: ast.AST) -> list[ast.expr]:
     return getattr(node, "decorator_list", [])
 
 
-def lists(node: ast.AST) -> Iterator[tuple[int, list[str]]]:
-    """(line, names) of every list in ``node``, those inside a list left out."""
+def lists(node: ast.AST) -> Iterator[tuple[int, list[str], bool]]:
+    """(line, names, whether it is a signature or a record) of every list in ``node``, those inside
+    a list left out."""
     for child in ast.iter_child_nodes(node):
         if any(isinstance(d, ast.Name) and d.id == "overload" for d in decorators(child)):
             continue
         found = {name.lower() for name in named(child)} & NAMES
         if len(found) >= 4 and not isinstance(child, ast.ClassDef):
             line = getattr(child, "lineno", 0) or node.lineno  # type: ignore
-            yield line, sorted(found)
+            yield line, sorted(found), isinstance(child, ast.arguments)
             continue
         if len(found) >= 4:
-            yield child.lineno, sorted(found)  # type: ignore
+            yield child.lineno, sorted(found), True  # type: ignore
         yield from lists(child)
 
 
 def main(folder: Path = ROOT) -> None:
-    total, files = 0, 0
+    total, files, taken = 0, 0, 0
     paths = [*(folder / "dl_norm").rglob("*.py"), *(folder / "kernels").glob("*.py")]
     for path in sorted(path for path in paths if not (path.parent.is_symlink())):
         found = list(lists(ast.parse(path.read_text(encoding="utf-8"))))
-        for line, names in found:
+        for line, names, _ in found:
             print(f"{path.relative_to(folder)}:{line}: {', '.join(names)}")
         total, files = total + len(found), files + bool(found)
-    print(f"{total} lists in {files} files")
+        taken += sum(takes for *_, takes in found)
+    print(f"{total} lists in {files} files: {taken} signatures and records, {total - taken} others")
 
 
 if __name__ == "__main__":

@@ -129,28 +129,22 @@ NUMBERS = (
 
 def policy_loss_options(args: DeltaLGRPOConfig) -> dict[str, Any]:
     """The options of ``dl_norm.policy_loss`` that TRL's come down to."""
-    eps_low = args.epsilon
-    eps_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    if args.surrogate == "vespo":
-        return {
-            "surrogate": Vespo(*(float(getattr(args, name)) for name in _VESPO)),
-            "ratio_level": "sequence_sum",
-            "beta": args.beta,
-            "bias_corrected_kl": args.beta != 0.0 and args.use_bias_correction_kl,
-        }
-    if args.surrogate == "cispo":  # TRL's bound is that of the ratio, with none below
-        eps_low, eps_high = 1.0, eps_high - 1.0
-    return {
-        "eps_low": eps_low,
-        "eps_high": eps_high,
-        "delta": args.delta,
+    options: dict[str, Any] = {
         "beta": args.beta,
-        "ratio_level": args.importance_sampling_level,
-        "surrogate": args.surrogate,
-        "sapo_temperature_pos": args.sapo_temperature_pos,
-        "sapo_temperature_neg": args.sapo_temperature_neg,
         "bias_corrected_kl": args.beta != 0.0 and args.use_bias_correction_kl,
     }
+    if args.surrogate == "vespo":
+        vespo = Vespo(*(float(getattr(args, name)) for name in _VESPO))
+        return options | {"surrogate": vespo, "ratio_level": "sequence_sum"}
+    eps_low, eps_high = args.epsilon, args.epsilon
+    if args.epsilon_high is not None:
+        eps_high = args.epsilon_high
+    if args.surrogate == "cispo":  # TRL's bound is that of the ratio, with none below
+        eps_low, eps_high = 1.0, eps_high - 1.0
+    options |= {name: getattr(args, name) for name in ("surrogate", "delta", *_SAPO)}
+    return options | {
+        "eps_low": eps_low, "eps_high": eps_high, "ratio_level": args.importance_sampling_level
+    }  # fmt: skip
 
 
 def is_own(surrogate: str) -> bool:
