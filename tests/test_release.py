@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_the_change_log_names_what_is_new_and_nothing_that_is_not() -> None:
         assert here, name
     for method in ("prompt_mean", "balanced", "grpo_per_prompt"):
         assert f'"{method}"' in text and method in weights.AGGREGATIONS
+
+
+def test_what_a_package_index_shows_leads_to_the_repository(tmp_path) -> None:
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    before = (tmp_path / "README.md").read_text(encoding="utf-8")
+    address = "https://github.com/owner/name"
+    command = [sys.executable, str(ROOT / "ci" / "project_urls.py"), address + "/", "v1.2.3"]
+    subprocess.run([*command, str(tmp_path)], check=True)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    found = re.findall(rf"\]\({address}/blob/v1\.2\.3/([^)#]+)", text)
+    assert len(found) == len(re.findall(r"\]\((?!https?:|#)", before)) > 10
+    assert all((ROOT / name).exists() for name in found)
+    assert not re.search(r"\]\((?!https?:|#)", text)
+    urls = (tmp_path / "pyproject.toml").read_text(encoding="utf-8").split("[project.urls]\n")[1]
+    assert urls.startswith(f'Repository = "{address}"\n') and "Paper = " in urls
 
 
 def test_citation() -> None:
