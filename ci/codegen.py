@@ -86,6 +86,12 @@ class Own(Surrogate, kind="own"):
         return own_loss
 
 
+def clip_formula(log_prob, ratio, advantage, eps_low=0.2, eps_high=0.2):
+    """The built-in clip as a user may write it, in PyTorch alone."""
+    clipped = torch.clamp(ratio, 1 - eps_low, 1 + eps_high)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
 KINDS = ("clip", "cispo", "sapo", Own.kind)
 
 SUM = "dppo_kl + abs_drift + nll"
@@ -179,6 +185,10 @@ CASES = (
         for kind in KINDS
     ),
     Case("cispo, no old", surrogate="cispo", old=False),
+    *(
+        Case(f"a formula, {dtype}", dtype=dtype, surrogate=clip_formula.__name__)
+        for dtype in ("float32", "bfloat16")
+    ),
     # The others with everything that goes with them; the sum holds three device functions.
     Case("dppo_tv, everything", surrogate="dppo_tv", **_EVERYTHING),
     Case("a sum, everything", surrogate=SUM, **_EVERYTHING, corrected=True),
@@ -301,7 +311,10 @@ def token_loss(case: Any, **options: Any) -> TokenLoss:
     if case.surrogate == Own.kind:
         terms = TokenLoss(Own.kind, (0.5,), beta=0.04)
     else:
-        terms = make_token_loss(surrogate=case.surrogate, ratio_level=case.level, **options)
+        surrogate: Any = case.surrogate
+        if surrogate == clip_formula.__name__:
+            surrogate = dl_norm.surrogate(clip_formula)
+        terms = make_token_loss(surrogate=surrogate, ratio_level=case.level, **options)
     return terms._replace(
         beta=options.get("beta", 0.04 if case.ref else 0.0),
         ratio_level=case.level,

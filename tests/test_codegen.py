@@ -235,6 +235,15 @@ def test_registers_within_budget(report, target):
     assert not over, "(registers, budget)"
 
 
+def test_the_clip_from_its_formula_is_no_worse_than_by_hand(report):
+    """As wide, and at most four registers more."""
+    rows = {row["case"]["name"]: row for row in report["kernels"] if row["target"] == "sm_90"}
+    for hand, formula in (("padded", "a formula, float32"), ("bf16", "a formula, bfloat16")):
+        assert rows[formula]["registers"] <= rows[hand]["registers"] + 4
+        assert rows[formula]["loads"] == rows[hand]["loads"]
+        assert rows[formula]["stores"] == rows[hand]["stores"]
+
+
 def adds_sums(row):
     case = row["case"]
     return row["constants"].get("NUM_EXTRAS") or (case["rollout"] and case["metrics"])
