@@ -311,18 +311,10 @@ def rollout_mean_weight(
 
     Source: verl's ``rollout_is_batch_normalize``.
     """
-    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
-    check_tensor("rollout_log_probs", rollout_log_probs, REAL_DTYPES)
     rollout = rollout_of(rollout_correction)
     if rollout.level in ("off", "none"):
         raise ValueError("a correction without weights (level='none') has no mean to divide by")
-    sequences = len(old_log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    # Whatever the default dtype is.
-    ones = torch.ones(sequences, dtype=torch.float32, device=old_log_probs.device)
-    batch = make_batch(
-        old_log_probs, None, ones, mask, ones, REAL_DTYPES, cu_seqlens=cu_seqlens,
-        rollout_log_probs=rollout_log_probs,
-    )  # fmt: skip
+    batch = _batch_of(old_log_probs, rollout_log_probs, mask, cu_seqlens)
     weights = correct(batch, rollout._replace(token_bounds=(), sequence_bounds=())).weights
     counts = batch.counted()
     if rollout.level != "token":
@@ -331,6 +323,38 @@ def rollout_mean_weight(
     total, count = sum_over(pair, group)
     mean = total / count.clamp(min=1)
     return torch.where(mean > 1e-8, mean, 1.0)
+
+
+def token_weights(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor | None,
+    rollout_correction: RolloutCorrection,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The weight of every token, in the shape of ``old_log_probs``, for adapters that need them
+    apart from the loss. Arguments as for :func:`rollout_mean_weight`, of any sequences."""
+    batch = _batch_of(old_log_probs, rollout_log_probs, mask, cu_seqlens)
+    weights = correct(batch, rollout_of(rollout_correction)).weights
+    return batch.per_token(weights).expand_as(old_log_probs)
+
+
+def _batch_of(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Batch:
+    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
+    check_tensor("rollout_log_probs", rollout_log_probs, REAL_DTYPES)
+    sequences = len(old_log_probs) if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Whatever the default dtype is.
+    ones = torch.ones(sequences, dtype=torch.float32, device=old_log_probs.device)
+    return make_batch(
+        old_log_probs, None, ones, mask, ones, REAL_DTYPES, cu_seqlens=cu_seqlens,
+        rollout_log_probs=rollout_log_probs,
+    )  # fmt: skip
 
 
 def _bounded(rollout: Rollout, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
