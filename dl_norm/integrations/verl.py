@@ -353,11 +353,15 @@ def _rollout_settings(config: Any) -> Any:
     """The actor's ``rollout_correction``, None where it says nothing."""
     policy_loss = getattr(config, "policy_loss", None)
     theirs = None if policy_loss is None else policy_loss.get("rollout_correction", None)
-    # verl fills the place with a value of its class, at its defaults, which stands for nothing.
-    if dataclasses.is_dataclass(theirs) and theirs == type(theirs)():
+    if _is_default(theirs):
         return None
     names = ("rollout_is", "rollout_rs", "bypass_mode")
     return theirs if theirs is not None and any(theirs.get(n, None) for n in names) else None
+
+
+def _is_default(theirs: Any) -> bool:
+    """verl fills the place with a value of its class, at its defaults: that stands for nothing."""
+    return dataclasses.is_dataclass(theirs) and theirs == type(theirs)()  # type: ignore
 
 
 def _loss_type(theirs: Any) -> str:
