@@ -484,6 +484,33 @@ def check_correction_refuses() -> None:
     assert get_policy_loss_fn("delta_l") is plugin.compute_policy_loss_delta_l
 
 
+def check_readme_correction() -> None:
+    """The README's lines are what the loss follows, and what the estimator takes."""
+    import shlex
+
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+    from verl.utils.config import omega_conf_to_dataclass
+
+    from dl_norm.integrations import verl as plugin
+
+    readme = (ROOT / "dl_norm" / "integrations" / "README.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", readme, re.M | re.S)
+    blocks = [block for block in blocks if "policy_loss.rollout_correction" in block]
+    wanted = ({"rollout_is_threshold": 2.0}, {"bypass_mode": True, "loss_type": "reinforce"})
+    for block, values in zip(blocks, wanted, strict=True):
+        lines = shlex.split(block.replace("\\\n", " "))
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=[*config_lines(), *NEEDED, *lines])
+        rollout_advantages(config.algorithm)
+        OmegaConf.resolve(config)  # as verl's main does
+        settings = plugin._rollout_settings(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
+        values = values | {"rollout_is": "token"}
+        assert {name: settings.get(name) for name in values} == values
+        calculated = config.actor_rollout_ref.rollout.calculate_log_probs
+        assert calculated or settings.get("bypass_mode")
+
+
 def check_one_corrects() -> None:
     """The estimator sees the settings of both, and raises where they do not go together."""
     section = "actor_rollout_ref.actor.policy_loss"
@@ -710,6 +737,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "finished-weights": check_finished_weights,
     "correction-refuses": check_correction_refuses,
     "one-corrects": check_one_corrects,
+    "readme-correction": check_readme_correction,
     "workers-take-it": check_workers_take_it,
     "no-sync": check_no_sync,
 }

@@ -65,7 +65,7 @@ class _ShardOutputs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, *gradients: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (logits, labels), (of_log_probs, *others) = ctx.saved_tensors, gradients
         bonus: dict[str, Any] = {}
         counts = of_log_probs != 0
