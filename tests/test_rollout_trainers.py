@@ -331,13 +331,35 @@ def test_openrlhf(name):
     data.check(total, expected)
 
 
+@pytest.mark.parametrize(
+    ("level", "gating", "high"),
+    [
+        ("token", "binary_kl", 0.004), ("token", "tv", 0.03), ("seq", "binary_kl", 0.006),
+        ("seq", "tv", 0.03),
+    ],
+)  # fmt: skip
+def test_openrlhf_gate(level, gating, high):
+    data, settings = Data(), openrlhf_settings(level, "mask", gating, (0.0, high))
+    kept = settings_of.openrlhf_gate(settings, data.old, data.rollout, data.mask)
+    assert 0 < kept.sum() < data.mask.sum() and not (kept & ~data.mask).any()
+    total = openrlhf_loss().PolicyLoss(**settings)(
+        data.log_probs, data.old, data.advantages[:, None], data.mask.float(), data.rollout,
+        batch_num_tokens=1.0,
+    )[0]  # fmt: skip
+    data.mask = kept
+    data.check(total, RolloutCorrection())
+
+
 def test_openrlhf_refuses():
     for gating in ("binary_kl", "tv"):
         settings = openrlhf_settings("seq", "mask", gating, (0.0, 0.1))
         openrlhf_loss().PolicyLoss(**settings)
         with pytest.raises(ValueError, match=gating):
             settings_of.openrlhf(settings)
+    data = Data()
     settings = openrlhf_settings("token", "mask", "ratio", (0.5, 5.0))
+    with pytest.raises(ValueError, match="no mask is needed"):
+        settings_of.openrlhf_gate(settings, data.old, data.rollout, data.mask)
     module = openrlhf_loss().PolicyLoss(**settings, policy_loss_type="gspo")
     with pytest.raises(ValueError, match="ratio_level='sequence'"):
         settings_of.openrlhf(module)

@@ -434,6 +434,46 @@ def check_bypass(name: str, loss_type: str) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), metric
 
 
+def check_nested() -> None:
+    """verl's trainer keeps responses without padding, as jagged tensors: the same loss."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    batch = sampled_batch()
+    del batch["rollout_is_weights"]
+    lengths = (16, 5, 12, 2, 3, 8)  # the fourth response counts nothing
+    rows = range(len(lengths))
+
+    def jagged(rows: list[Tensor]) -> Tensor:
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    names = ("old_log_probs", "advantages", "response_mask", "rollout_log_probs")
+    data = tu.get_tensordict(
+        {name: jagged([batch[name][i, : lengths[i]] for i in rows]) for name in names}
+        | {"prompts": jagged([torch.ones(2, dtype=torch.int64) for _ in rows])}
+        | {"responses": jagged([torch.ones(n, dtype=torch.int64) for n in lengths])},
+        {"dp_size": 2, "batch_num_tokens": 42, "global_batch_size": 12},
+    )
+    section = "actor_rollout_ref.actor.policy_loss"
+    config = configure(
+        f"{section}.loss_mode=delta_l", "actor_rollout_ref.actor.clip_ratio_high=0.3"
+    )
+    actor = with_correction(config, section, CORRECTIONS["both"]).actor_rollout_ref.actor
+    log_probs = batch["log_probs"].clone().requires_grad_()
+    # A value per token of prompt and response, of the token after it.
+    output = [torch.cat([log_probs[i, :1], log_probs[i, : lengths[i]], log_probs[i, :1]])
+              for i in rows]  # fmt: skip
+    loss, _ = ppo_loss(
+        omega_conf_to_dataclass(actor), {"log_probs": torch.cat(output)}, data
+    )  # fmt: skip
+    wanted = run_ppo_loss(batch, "delta_l", correction=CORRECTIONS["both"], sampled=True)
+    torch.testing.assert_close(loss.detach(), wanted[0], rtol=FP32, atol=FP32)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, log_probs)[0], wanted[1], rtol=FP32, atol=FP32
+    )
+
+
 def check_finished_weights() -> None:
     """What verl's driver made stays, normalised over the whole batch or not, and a batch with the
     rollout's log-probs alone is not corrected."""
@@ -734,6 +774,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         for name in CORRECTIONS
         for loss_type in ("ppo_clip", "reinforce")
     },
+    "nested": check_nested,
     "finished-weights": check_finished_weights,
     "correction-refuses": check_correction_refuses,
     "one-corrects": check_one_corrects,

@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..rollout import Reject, RolloutCorrection
 
 
@@ -209,13 +212,47 @@ def openrlhf(config: Any) -> RolloutCorrection | None:
     if gating != "ratio":
         raise ValueError(
             f"OpenRLHF's is_correction_gating={gating!r} has no counterpart among the statistics "
-            "of dl_norm.Reject: take 'ratio', or leave the gated tokens out of the mask, with "
-            "RolloutCorrection() for the weights of the others"
+            "of dl_norm.Reject: take 'ratio', or RolloutCorrection() with mask="
+            "dl_norm.integrations.rollout.openrlhf_gate(...), the mask without what it drops"
         )
     if level == "seq":
         return RolloutCorrection(reject=Reject("k1", "mean", low, high))
     mode = {"clip": "truncate", "mask": "mask"}[_get(config, "is_correction_mode", "mask")]
     return RolloutCorrection("token", mode, low, high)
+
+
+@torch.no_grad()
+def openrlhf_gate(
+    config: Any, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor
+) -> Tensor:
+    """bool (B, T): ``mask`` without what OpenRLHF's gates "binary_kl" and "tv" drop.
+
+    With p and q the token's probability under the rollout and the old policy, both kept within
+    [1e-6, 1 - 1e-6], the gate drops tokens, or by their mean whole sequences (level "seq"), whose
+    p log(p / q) + (1 - p) log((1 - p) / (1 - q)), or |p - q|, is above the threshold. What is left
+    weighs exp(d): ``RolloutCorrection()``. A few operations, as this is no statistic of the
+    kernels'. NaN is above every threshold.
+
+    Args:
+        config: as for :func:`openrlhf`, with one of these gates.
+        old_log_probs, rollout_log_probs, mask: (B, T).
+
+    Raises:
+        ValueError: another gate.
+    """
+    gating = _get(config, "is_correction_gating", "ratio")
+    if gating not in ("binary_kl", "tv"):
+        raise ValueError(f"is_correction_gating={gating!r} is openrlhf(config): no mask is needed")
+    counted = mask != 0
+    p, q = (x.float().exp().clamp(1e-6, 1 - 1e-6) for x in (rollout_log_probs, old_log_probs))
+    if gating == "tv":
+        apart = (p - q).abs()
+    else:
+        apart = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    if _get(config, "is_correction_level", "off") == "seq":
+        total = apart.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
+        apart = total / counted.sum(-1, keepdim=True).clamp(min=1)
+    return counted & (apart <= float(_get(config, "is_correction_threshold", ())[1]))
 
 
 def _get(config: Any, name: str, default: Any) -> Any:
