@@ -429,6 +429,7 @@ def check_bypass(name: str, loss_type: str) -> None:
         compared += ["rollout_corr/kl", "rollout_corr/k3_kl"]
     else:
         compared += [f"actor/{n}" for n in ("pg_clipfrac", "pg_clipfrac_lower", "ppo_kl")]
+        compared += ["rollout_corr/rollout_rs_masked_fraction"] * ("rollout_rs" in correction)
     for metric in compared:
         ours, theirs = same[metric]
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), metric

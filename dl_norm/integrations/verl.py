@@ -65,7 +65,6 @@ from torch import Tensor
 
 import dl_norm
 from dl_norm.checks import check_number
-from dl_norm.metrics import PolicyLossMetrics
 from dl_norm.rollout import token_weights
 
 from . import rollout as settings_of
@@ -239,10 +238,11 @@ def compute_policy_loss_delta_l(
 
     Returns:
         The loss, and the means over this micro-batch's tokens ``actor/pg_clipfrac``,
-        ``actor/pg_clipfrac_lower`` and ``actor/ppo_kl`` as 0-dim tensors; with a correction in the
-        kernel also ``rollout_corr/kl`` and ``k3_kl`` as verl has them, and what else
-        :class:`dl_norm.metrics.RolloutMetrics` sums up. Nothing here waits for the device: verl
-        0.9.1 reads the values itself, when it stores them.
+        ``actor/pg_clipfrac_lower`` and ``actor/ppo_kl`` as 0-dim tensors (none of them with
+        "reinforce", which has no ratio); with a correction in the kernel also ``rollout_corr/kl``
+        and ``k3_kl`` as verl has them, and what else :class:`dl_norm.metrics.RolloutMetrics` sums
+        up; with rejections before it ``rollout_corr/rollout_rs_masked_fraction``. Nothing here
+        waits for the device: verl 0.9.1 reads the values itself, when it stores them.
 
     Raises:
         ValueError, TypeError: another ``loss_agg_mode``, no M, or no ``dp_size`` or
@@ -253,61 +253,71 @@ def compute_policy_loss_delta_l(
     """
     if config is None:
         raise ValueError("the policy loss delta_l needs config, verl's ActorConfig; got None")
-    info = config.global_batch_info
-    constant = _max_length(loss_agg_mode, info.get("loss_scale_factor"))
-    for name in ("dp_size", "global_batch_size"):
-        if info.get(name) is None:
-            raise ValueError(
-                f"config.global_batch_info lacks {name!r}, without which the loss would depend on "
-                f"how the batch is cut; it holds {info}. verl's ppo_loss fills it in: pass "
-                "global_batch_size with the data"
-            )
-        check_number(info[name], name, f"{name} >= 1", lambda count: count >= 1)
-    scale = info["dp_size"] / (info["global_batch_size"] * constant)
+    scale = _scale(config.global_batch_info, loss_agg_mode)
     low, high = config.clip_ratio_low, config.clip_ratio_high
     clip: dict[str, Any] = {
         "eps_low": config.clip_ratio if low is None else low,
         "eps_high": config.clip_ratio if high is None else high,
         "dual_clip": config.clip_ratio_c,
     }
-    old: Tensor | None = old_log_prob
+    streams = old_log_prob, log_prob, response_mask
     theirs = _rollout_settings(config)
     if theirs is None:
         options["rollout_weights"] = rollout_is_weights
-    else:
-        _check_rollout_settings(theirs, rollout_is_weights, options)
-        correction = settings_of.verl(theirs)
-        if not theirs.get("bypass_mode", False):
-            options |= {"rollout_correction": correction, "rollout_log_probs": _sampled_here()}
-        elif _loss_type(theirs) == "reinforce":
-            options |= {"rollout_correction": correction, "rollout_log_probs": old_log_prob}
-            old, clip = None, {"surrogate": "policy_gradient"}
-        elif correction.reject:
-            # The ratio is the weight: nothing but the rejections is left.
-            alone = dl_norm.RolloutCorrection("none", reject=correction.reject)
-            kept = token_weights(log_prob.detach(), old_log_prob, response_mask, alone)
-            response_mask = (response_mask != 0) & (kept != 0)
+        return _loss(streams, advantages, weights=scale, clip=clip, **options)
+    _check_rollout_settings(theirs, rollout_is_weights, options)
+    correction = settings_of.verl(theirs)
+    in_kernel = {**options, "rollout_correction": correction}
+    if not theirs.get("bypass_mode", False):
+        in_kernel["rollout_log_probs"] = _sampled_here()
+        return _loss(streams, advantages, weights=scale, clip=clip, **in_kernel)
+    if _loss_type(theirs) == "reinforce":
+        in_kernel["rollout_log_probs"], streams = old_log_prob, (None, *streams[1:])
+        clip = {"surrogate": "policy_gradient"}
+        return _loss(streams, advantages, weights=scale, clip=clip, **in_kernel)
+    if not correction.reject:
+        return _loss(streams, advantages, weights=scale, clip=clip, **options)
+    kept, share = _kept(*streams, correction)
+    streams = *streams[:2], kept
+    loss, metrics = _loss(streams, advantages, weights=scale, clip=clip, **options)
+    return loss, metrics | {"rollout_corr/rollout_rs_masked_fraction": 1 - share}
+
+
+def _loss(
+    streams: tuple[Tensor | None, Tensor, Tensor], advantages: Tensor, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics, under verl's names where it has one."""
+    old, new, mask = streams
     loss, metrics = adapter_loss(
-        log_prob, old, advantages, response_mask, weights=scale, clip=clip,
-        log_ratio_clamp=_LOG_RATIO_CLAMP, **options,
-    )  # fmt: skip
-    return loss, _shown(metrics)
-
-
-def _shown(metrics: PolicyLossMetrics) -> dict[str, Tensor]:
-    """The metrics under verl's names, where it has one."""
+        new, old, advantages, mask, log_ratio_clamp=_LOG_RATIO_CLAMP, **options
+    )
     tokens = metrics.tokens.clamp(min=1)
-    shown = {
-        "actor/pg_clipfrac": (metrics.clipped_low + metrics.clipped_high) / tokens,
-        "actor/ppo_kl": metrics.kl_old_k1 / tokens,
-        "actor/pg_clipfrac_lower": metrics.clipped_dual / tokens,
-        **{f"actor/{name}": value / tokens for name, value in metrics.extras.items()},
-    }
+    clipped = metrics.clipped_low + metrics.clipped_high
+    of_tokens = {name: value / tokens for name, value in metrics.extras.items()}
+    if old is not None:
+        of_tokens |= {
+            "pg_clipfrac": clipped / tokens,
+            "ppo_kl": metrics.kl_old_k1 / tokens,
+            "pg_clipfrac_lower": metrics.clipped_dual / tokens,
+        }
+    shown = {f"actor/{name}": value for name, value in of_tokens.items()}
     if metrics.rollout is not None:
         verls = {"rollout_k1": "kl", "rollout_k3": "k3_kl"}
         for name, value in metrics.rollout.summary(tokens).items():
             shown[f"rollout_corr/{verls.get(name, name)}"] = value
-    return shown
+    return loss, shown
+
+
+def _kept(
+    old_log_prob: Tensor, log_prob: Tensor, mask: Tensor, correction: dl_norm.RolloutCorrection
+) -> tuple[Tensor, Tensor]:
+    """The mask without what is rejected, by the current policy, and the share that is left. PPO's
+    ratio is the weight already, so nothing else of the correction is."""
+    alone = dl_norm.RolloutCorrection("none", reject=correction.reject)
+    kept = token_weights(log_prob.detach(), old_log_prob, mask, alone) != 0
+    counted = mask != 0
+    kept = counted & kept
+    return kept, kept.sum() / counted.sum().clamp(min=1)
 
 
 def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
@@ -409,6 +419,20 @@ def register(name: str, **options: Any) -> None:
     checked(options)
     _ours.add(name)
     register_policy_loss(name)(functools.partial(compute_policy_loss_delta_l, **options))
+
+
+def _scale(info: dict[str, Any], loss_agg_mode: str) -> float:
+    """P / (G M), of verl's ``global_batch_info``."""
+    constant = _max_length(loss_agg_mode, info.get("loss_scale_factor"))
+    for name in ("dp_size", "global_batch_size"):
+        if info.get(name) is None:
+            raise ValueError(
+                f"config.global_batch_info lacks {name!r}, without which the loss would depend on "
+                f"how the batch is cut; it holds {info}. verl's ppo_loss fills it in: pass "
+                "global_batch_size with the data"
+            )
+        check_number(info[name], name, f"{name} >= 1", lambda count: count >= 1)
+    return info["dp_size"] / (info["global_batch_size"] * constant)
 
 
 def _max_length(loss_agg_mode: str, loss_scale_factor: float | None) -> float:
