@@ -96,10 +96,12 @@ def verls_engine(log_probs: Any, group: Any) -> type:
     return type("Engine", (), {"_lm_head_logits_processor": method, "engine_config": config})
 
 
-def run(engine: type, rank: int, entropy: bool, squares: bool) -> dict[str, torch.Tensor]:
+def run(
+    engine: type, rank: int, entropy: bool, squares: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """What the method returns, and the gradient at this rank's logits."""
     batch = make_batch()
-    leaf = batch["logits"].chunk(RANKS, -1)[rank].clone().requires_grad_()
+    leaf = batch["logits"].chunk(RANKS, -1)[rank].to(dtype, copy=True).requires_grad_()
     found = engine()._lm_head_logits_processor(  # type: ignore
         leaf * 1, batch["label"], batch["temperature"].clone(), calculate_entropy=entropy,
         calculate_sum_pi_squared=squares, distillation_use_topk=False, distillation_only=False,
@@ -113,10 +115,10 @@ def run(engine: type, rank: int, entropy: bool, squares: bool) -> dict[str, torc
     return {name: value.detach() for name, value in found.items()} | {"gradient": leaf.grad}
 
 
-def truth(rank: int, entropy: bool) -> dict[str, torch.Tensor]:
+def truth(rank: int, entropy: bool, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """In float64, of the gathered logits. A temperature of 0 is one of 1e-8."""
     batch = make_batch()
-    leaf = batch["logits"].double().requires_grad_()
+    leaf = batch["logits"].to(dtype).double().requires_grad_()
     scaled = leaf / batch["temperature"].clamp(min=1e-8).double()[..., None]
     log_softmax = scaled.log_softmax(-1)
     log_probs = log_softmax.gather(-1, batch["label"][..., None])[..., 0]
@@ -145,13 +147,13 @@ def worker(_: Any, rank: int, folder: str) -> None:
         sys.modules[name] = ModuleType(name)
     sys.modules[parallel.__name__] = parallel
 
+    results: dict[str, Any] = {}
     theirs = None
     if has_megatron():
         negative = cross_entropy(group).apply
         theirs = verls_engine(lambda logits, labels: -negative(logits, labels, 0.0), group)
     ours = verls_engine(None, group)
     verl_head.use_sharded_head(ours)
-    results = {}
     for name, (entropy, squares) in CASES.items():
         results[name] = {
             "ours": run(ours, rank, entropy, squares),
@@ -159,6 +161,10 @@ def worker(_: Any, rank: int, folder: str) -> None:
         }
         if theirs is not None:
             results[name]["theirs"] = run(theirs, rank, entropy, squares)
+    results["bfloat16"] = {
+        "ours": run(ours, rank, True, False, torch.bfloat16),
+        "truth": truth(rank, True, torch.bfloat16),
+    }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -189,6 +195,22 @@ def test_as_the_engine(name: str, results: Any) -> None:
             continue
         for n, values in ours.items():
             assert (values - result[name]["theirs"][n]).abs()[normal].max() < 3e-6, n
+
+
+def test_bfloat16(results: Any) -> None:
+    """As a model in 16 bits has them: float32 out, bfloat16 back, where the temperature, whose
+    division verl rounds to bfloat16, is 1."""
+    whole = make_batch()["temperature"] == 1
+    for result in results:
+        ours, wanted = result["bfloat16"]["ours"], result["bfloat16"]["truth"]
+        for name in ("log_probs", "entropy"):
+            assert ours[name].dtype == torch.float32
+            assert (ours[name] - wanted[name]).abs()[whole].max() < 3e-6
+        assert ours["gradient"].dtype == torch.bfloat16
+        # One rounding, which Triton's interpreter makes a truncation.
+        torch.testing.assert_close(
+            ours["gradient"][whole].double(), wanted["gradient"][whole], rtol=2**-7, atol=1e-6
+        )
 
 
 def test_megatrons_own_was_compared(results: Any) -> None:
