@@ -311,8 +311,6 @@ def rollout_mean_weight(
 
     Source: verl's ``rollout_is_batch_normalize``.
     """
-    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
-    check_tensor("rollout_log_probs", rollout_log_probs, REAL_DTYPES)
     rollout = rollout_of(rollout_correction)
     if rollout.level in ("off", "none"):
         raise ValueError("a correction without weights (level='none') has no mean to divide by")
@@ -327,6 +325,25 @@ def rollout_mean_weight(
     total, count = sum_over(pair, group)
     mean = total / count.clamp(min=1)
     return torch.where(mean > 1e-8, mean, 1.0)
+
+
+def token_weights(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor | None,
+    rollout_correction: RolloutCorrection,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The weight of every token, in the shape of ``old_log_probs``, for adapters that need them
+    apart from the loss. Arguments as for :func:`rollout_mean_weight`, of any sequences."""
+    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
+    check_tensor("rollout_log_probs", rollout_log_probs, REAL_DTYPES)
+    batch = unweighted_batch(
+        old_log_probs, rollout_log_probs=rollout_log_probs, mask=mask, cu_seqlens=cu_seqlens
+    )
+    weights = correct(batch, rollout_of(rollout_correction)).weights
+    return batch.per_token(weights).expand_as(old_log_probs)
 
 
 def _bounded(rollout: Rollout, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

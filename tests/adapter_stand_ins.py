@@ -422,6 +422,7 @@ def import_verl(patch: pytest.MonkeyPatch) -> Any:
         register_adv_est=register,
         register_policy_loss=register,
     )
+    fake(patch, "verl.workers.utils.losses", ppo_loss=None)
     patch.setattr(sys.modules["verl"], "__version__", "0.9.1", raising=False)
     fake(patch, "omegaconf", OmegaConf=SimpleNamespace(is_config=lambda config: False))
     fake(patch, "omegaconf.errors", ConfigKeyError=KeyError)

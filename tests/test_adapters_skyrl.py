@@ -54,26 +54,63 @@ def test_refuses(rollout: Rollout, changes: dict[str, Any]) -> None:
         WeightedSkyRLTrainer(skyrl_config(**changes))._normalize_advantages(data, [(0, 6)])
 
 
-def _check_own_correction(rollout: Rollout, ppo: Any, module: Any) -> None:
-    """``rollout_correction`` in the place of SkyRL's gives SkyRL's loss, and not on top of it."""
-    given = {"tis_ratio_type": "token", "token_tis_ratio_clip_high": 1.1}
-    off = skyrl_config(off_policy_correction=Lenient(), policy_loss_type="delta_l")
-    on = skyrl_config(off_policy_correction=Lenient(**given), policy_loss_type="regular")
+# Settings of SkyRL's, and whether the kernel can say them.
+CORRECTIONS: dict[str, tuple[dict[str, Any], bool]] = {
+    "token": ({"tis_ratio_type": "token", "token_tis_ratio_clip_high": 1.1}, True),
+    "sequence": ({"tis_ratio_type": "sequence", "sequence_tis_ratio_clip_high": 1.3}, True),
+    "geometric": (
+        {"sequence_mask_metric": "geometric", "geo_mask_low": 0.9, "geo_mask_high": 1.05}, True
+    ),
+    "tokens out of a sequence's ratio": (
+        {"tis_ratio_type": "sequence", "sequence_tis_ratio_clip_high": 1.3,
+         "token_mask_is_threshold_low": 0.9, "token_mask_is_threshold_high": 1.3}, False,
+    ),
+}  # fmt: skip
+
+
+def _check_corrections(rollout: Rollout, ppo: Any, module: Any) -> None:
+    """SkyRL's own settings and a ``rollout_correction`` give SkyRL's loss, and not one on top of
+    the other; in the kernel, or by SkyRL's function where the kernel cannot say them."""
     sampled = rollout.old + 0.3 * rollout.log_probs.detach().sin()
     batch = rollout.log_probs, rollout.old, rollout.advantages[:, None].expand_as(rollout.old)
-    options = {"rollout_correction": settings_of.skyrl(given)}
-    with pytest.MonkeyPatch.context() as patch:
-        fake(patch, f"{skyrl._UTILS}.off_policy_correction_utils", **vars(module))
-        loss, metrics = skyrl.delta_l_policy_loss(
-            *batch, off, rollout.mask, rollout_logprobs=sampled, **options
+
+    def config(given: dict[str, Any], name: str) -> Any:
+        return skyrl_config(off_policy_correction=Lenient(**given), policy_loss_type=name)
+
+    def ours(config: Any, sampled: Any = sampled, **options: Any) -> Any:
+        return skyrl.delta_l_policy_loss(
+            *batch, config, rollout.mask, rollout_logprobs=sampled, **options
         )
-        expected, _ = ppo.ppo_policy_loss(*batch, on, rollout.mask.float(), sampled)
-        torch.testing.assert_close(loss, expected, **THEIRS)
-        assert metrics["rollout_truncated"] > 0
+
+    def check(found: Any, given: dict[str, Any], kernel: bool) -> None:
+        loss, metrics = found
+        theirs = ppo.ppo_policy_loss(
+            *batch, config(given, "regular"), rollout.mask.float(), sampled
+        )
+        torch.testing.assert_close(loss, theirs[0], **THEIRS)
+        gradients = (torch.autograd.grad(x, rollout.log_probs)[0] for x in (loss, theirs[0]))
+        torch.testing.assert_close(*gradients, **THEIRS)
+        plain = ours(config({}, "delta_l"))[0]
+        assert (plain - loss).abs() > 1e-3
+        assert ("rollout_weight_mean" in metrics) == kernel
+        assert ("is_ratio_mean" in metrics) != kernel
+
+    for given, kernel in CORRECTIONS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            name = f"{skyrl._UTILS}.off_policy_correction_utils"
+            if not kernel:
+                fake(patch, name, **vars(module))
+            check(ours(config(given, "delta_l")), given, kernel)
+    given, _ = CORRECTIONS["token"]
+    own = {"rollout_correction": settings_of.skyrl(given)}
+    check(ours(config({}, "delta_l"), **own), given, True)
+    for given, _ in CORRECTIONS.values():
         with pytest.raises(ValueError, match="would correct twice"):
-            skyrl.delta_l_policy_loss(*batch, on, rollout.mask, rollout_logprobs=sampled, **options)
+            ours(config(given, "delta_l"), **own)
         with pytest.raises(ValueError, match="rollout_logprobs is missing"):
-            skyrl.delta_l_policy_loss(*batch, off, rollout.mask, **options)
+            ours(config(given, "delta_l"), None)
+    with pytest.raises(ValueError, match="rollout_logprobs is missing"):
+        ours(config({}, "delta_l"), None, **own)
 
 
 def test_real(rollout: Rollout) -> None:
@@ -84,6 +121,9 @@ def test_real(rollout: Rollout) -> None:
         f"{utils}/off_policy_correction_utils.py",
         "off_policy_correction_enabled",
         "compute_tis_ratio",
+        "compute_outlier_token_mask",
+        "compute_token_mask",
+        "compute_sequence_mask",
         "compute_off_policy_correction",
         "apply_off_policy_correction",
         **vars(torch_utils),
@@ -104,7 +144,7 @@ def test_real(rollout: Rollout) -> None:
         ),
     )
     check_hook(ppo.ppo_policy_loss, "skyrl")
-    _check_own_correction(rollout, ppo, correction)
+    _check_corrections(rollout, ppo, correction)
     check_hook(trainer._normalize_advantages, "skyrl trainer")
 
     class Data(dict):
@@ -192,7 +232,10 @@ for ours, theirs in (("delta_l", "regular"), ("delta_l_dual_clip", "dual_clip"))
         torch.testing.assert_close(results[0][0], results[1][0], rtol=2e-6, atol=2e-7)
         torch.testing.assert_close(results[0][1], results[1][1], rtol=2e-6, atol=2e-7)
         mine, other = results[0][2], results[1][2]
-        assert mine.keys() == other.keys() and all(type(v) is float for v in mine.values())
+        assert all(type(v) is float for v in mine.values())
+        # The token mask beside the weight of a sequence is left to SkyRL, with its metrics.
+        assert (mine.keys() == other.keys()) == (correct != "token")
+        assert ("rollout_weight_mean" in mine) == (correct == "token")
         # SkyRL counts clipped tokens before its correction masks any, ours after.
         if not correct:
             assert abs(mine["clip_ratio"] - other["clip_ratio"]) < 1e-6

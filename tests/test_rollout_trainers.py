@@ -1,7 +1,7 @@
 """Rollout correction beside the trainers' own code: value and gradient of the loss.
 
-Of TRL, verl, OpenRLHF and SkyRL the installed source; of slime, NeMo-RL and ROLL the clones of
-TRAINER_SOURCES. Where a trainer's loss is a mean, its normaliser is put into our weights.
+Of TRL, verl, OpenRLHF, AReaL and SkyRL the installed source; of slime, NeMo-RL and ROLL the clones
+of TRAINER_SOURCES. Where a trainer's loss is a mean, its normaliser is put into our weights.
 """
 
 from __future__ import annotations
@@ -296,24 +296,178 @@ def source_folder(path: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("level", "mode", "bounds", "correction"),
-    [
-        ("token", "clip", (0.8, 1.2), RolloutCorrection(low=0.8, high=1.2)),
-        ("token", "mask", (0.8, 1.2), RolloutCorrection(mode="mask", low=0.8, high=1.2)),
-        ("seq", "mask", (0.9, 1.1), RolloutCorrection(reject=Reject("k1", "mean", 0.9, 1.1))),
-    ],
-)
-def test_openrlhf(level, mode, bounds, correction):
-    data = Data()
-    loss = openrlhf_loss().PolicyLoss(
-        is_correction_level=level, is_correction_mode=mode, is_correction_threshold=bounds
-    )
-    total = loss(
+OPENRLHF = {
+    "TIS": (("token", "clip", "ratio", (0.8, 1.2)), RolloutCorrection(low=0.8, high=1.2)),
+    "ICEPOP": (
+        ("token", "mask", "ratio", (0.8, 1.2)), RolloutCorrection(mode="mask", low=0.8, high=1.2)
+    ),
+    "seq-mask-tis": (
+        ("seq", "mask", "ratio", (0.9, 1.1)),
+        RolloutCorrection(reject=Reject("k1", "mean", 0.9, 1.1)),
+    ),
+    "off": (("off", "mask", "ratio", (0.5, 5.0)), None),
+}  # fmt: skip
+
+
+def openrlhf_settings(level, mode, gating, threshold) -> dict[str, Any]:
+    return {
+        "is_correction_level": level, "is_correction_mode": mode, "is_correction_gating": gating,
+        "is_correction_threshold": list(threshold),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPENRLHF)
+def test_openrlhf(name):
+    """The whole of its loss, and its settings as its command line and its loss hold them."""
+    given, expected = OPENRLHF[name]
+    data, settings = Data(), openrlhf_settings(*given)
+    module = openrlhf_loss().PolicyLoss(**settings)
+    for config in (settings, SimpleNamespace(**settings), module):
+        assert settings_of.openrlhf(config) == expected
+    total = module(
         data.log_probs, data.old, data.advantages[:, None], data.mask.float(), data.rollout,
         batch_num_tokens=1.0,
     )[0]  # fmt: skip
-    data.check(total, correction)
+    data.check(total, expected)
+
+
+@pytest.mark.parametrize(
+    ("level", "gating", "high"),
+    [
+        ("token", "binary_kl", 0.004), ("token", "tv", 0.03), ("seq", "binary_kl", 0.006),
+        ("seq", "tv", 0.03),
+    ],
+)  # fmt: skip
+def test_openrlhf_gate(level, gating, high):
+    data, settings = Data(), openrlhf_settings(level, "mask", gating, (0.0, high))
+    kept = settings_of.openrlhf_gate(settings, data.old, data.rollout, data.mask)
+    assert 0 < kept.sum() < data.mask.sum() and not (kept & ~data.mask).any()
+    total = openrlhf_loss().PolicyLoss(**settings)(
+        data.log_probs, data.old, data.advantages[:, None], data.mask.float(), data.rollout,
+        batch_num_tokens=1.0,
+    )[0]  # fmt: skip
+    data.mask = kept
+    data.check(total, RolloutCorrection())
+
+
+def test_openrlhf_refuses():
+    for gating in ("binary_kl", "tv"):
+        settings = openrlhf_settings("seq", "mask", gating, (0.0, 0.1))
+        openrlhf_loss().PolicyLoss(**settings)
+        with pytest.raises(ValueError, match=gating):
+            settings_of.openrlhf(settings)
+    data = Data()
+    settings = openrlhf_settings("token", "mask", "ratio", (0.5, 5.0))
+    with pytest.raises(ValueError, match="no mask is needed"):
+        settings_of.openrlhf_gate(settings, data.old, data.rollout, data.mask)
+    module = openrlhf_loss().PolicyLoss(**settings, policy_loss_type="gspo")
+    with pytest.raises(ValueError, match="ratio_level='sequence'"):
+        settings_of.openrlhf(module)
+
+
+# -- AReaL
+
+
+@functools.cache
+def areal_loss() -> Any:
+    from dataclasses import dataclass, field
+
+    estimator = lift("areal/utils/data.py", "KLEstimator._compute_approx_kl")
+    config = lift(
+        "areal/api/cli_args.py",
+        "RejectionSamplingConfig",
+        keep=("RejectionSamplingConfig",),
+        dataclass=dataclass,
+        field=field,
+    )
+    functions = lift(
+        "areal/utils/functional/functional.py", "RejectionSamplingResult", "_check_bounds",
+        "apply_rejection_sampling", "ppo_actor_loss_fn", keep=("RejectionSamplingResult",),
+        dataclass=dataclass,
+        KLEstimator=estimator, RejectionSamplingConfig=object,
+    )  # fmt: skip
+    return SimpleNamespace(config=config.RejectionSamplingConfig, loss=functions.ppo_actor_loss_fn)
+
+
+def areal_settings(level="token", action="mask", metric="ratio", agg="mean", upper=5.0, lower=None):
+    """Its class, which checks them; a sequence's agg is said, a token's has no effect."""
+    return areal_loss().config(
+        level=level, action=action, metric=metric, agg=agg, upper=upper, lower=lower
+    )
+
+
+AREAL = {
+    "its default": {"upper": 1.2},
+    "token mask": {"upper": 1.2, "lower": 0.8},
+    "token clamp": {"action": "clamp", "upper": 1.1, "lower": 0.9},
+    "token clamp above": {"action": "clamp", "upper": 1.1},
+    "token k1": {"metric": "kl_k1", "upper": 0.15, "lower": -0.2},
+    "token k1 above": {"metric": "kl_k1", "upper": 0.15},
+    "token k2": {"metric": "kl_k2", "upper": 0.02},
+    "token k3": {"metric": "kl_k3", "upper": 0.02},
+    "sequence mask": {"level": "sequence", "upper": 1.05, "lower": 0.9},
+    "sequence clamp": {"level": "sequence", "action": "clamp", "upper": 1.05, "lower": 0.9},
+    "sequence sum": {"level": "sequence", "agg": "sum", "upper": 1.5, "lower": 0.5},
+    "sequence max": {"level": "sequence", "agg": "max", "upper": 1.4},
+    "mean k1": {"level": "sequence", "metric": "kl_k1", "upper": 0.05, "lower": -0.1},
+    "sum k1": {"level": "sequence", "metric": "kl_k1", "agg": "sum", "upper": 0.3},
+    "max k1": {"level": "sequence", "metric": "kl_k1", "agg": "max", "upper": 0.3},
+    "mean k2": {"level": "sequence", "metric": "kl_k2", "upper": 0.02},
+    "sum k2": {"level": "sequence", "metric": "kl_k2", "agg": "sum", "upper": 0.2},
+    "max k2": {"level": "sequence", "metric": "kl_k2", "agg": "max", "upper": 0.06},
+    "max k3": {"level": "sequence", "metric": "kl_k3", "agg": "max", "upper": 0.06},
+}
+
+
+def areal_of(data: Data, settings: Any, packed: bool) -> torch.Tensor:
+    """Its loss as a sum over the tokens."""
+    flat = torch.Tensor.flatten if packed else (lambda stream: stream)
+    loss, _ = areal_loss().loss(
+        logprobs=flat(data.log_probs), proximal_logprobs=flat(data.old),
+        old_logprobs=flat(data.rollout), loss_mask=flat(data.mask), eps_clip=0.2,
+        advantages=flat(data.advantages[:, None].expand(5, 12)), rejection_sampling=settings,
+        cu_seqlens=torch.arange(6) * 12 if packed else None,
+    )  # fmt: skip
+    return loss * data.tokens
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", AREAL)
+def test_areal(name, packed):
+    """The whole of its decoupled loss; tokens without a counted one stay out."""
+    data, settings = Data(), areal_settings(**AREAL[name])
+    data.check(areal_of(data, settings, packed), settings_of.areal(settings))
+
+
+@pytest.mark.parametrize("name", ["token mask", "sequence mask", "sequence clamp"])
+def test_areal_without_rollout_log_probs(name):
+    """A token whose ratio is NaN counts as one of ratio 1, there and here."""
+    data, settings = Data(missing=True), areal_settings(**AREAL[name])
+    data.check(areal_of(data, settings, False), settings_of.areal(settings))
+    assert settings_of.areal(None) is None
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.02, 0.5, 3.0, 50.0])
+def test_areal_k3_bounds(bound):
+    """The bounds of the ratio are where its k3 is the bound."""
+    reject = settings_of.areal(areal_settings(metric="kl_k3", upper=bound)).reject[0]
+    for ratio in (reject.low, reject.high):
+        log = math.log(ratio)
+        assert math.expm1(-log) + log == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "kl_k3"}, {"metric": "kl_k3", "agg": "sum"}, {"agg": "max", "lower": 0.5},
+        {"metric": "kl_k1", "agg": "max", "lower": -0.5},
+        {"metric": "kl_k1", "agg": "max", "lower": 0.0}, {"action": "clamp", "agg": "sum"},
+        {"action": "clamp", "agg": "max"}, {"metric": "kl_k2", "lower": 0.1},
+    ],
+)  # fmt: skip
+def test_areal_refuses(changes):
+    with pytest.raises(ValueError, match="no counterpart"):
+        settings_of.areal(areal_settings(level="sequence", **changes))
 
 
 # -- SkyRL

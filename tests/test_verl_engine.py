@@ -48,6 +48,7 @@ RUNS: dict[str, tuple[str, int, int | None]] = {
     "two mini-batches": ("delta_l", 2, 1),
     "token budget": ("delta_l", 1, None),
     "verl's own loss": ("vanilla", 1, 2),
+    "correction in the kernel": ("corrected", 1, 2),
 }
 
 
@@ -179,8 +180,12 @@ def compose(folder: Path, loss_mode: str) -> Any:
     from hydra import compose, initialize_config_module
 
     actor, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    section = f"+{actor}.policy_loss.rollout_correction"
+    more = [f"{section}.rollout_is=token", f"{section}.rollout_is_threshold=2.0"]
+    corrected = loss_mode == "corrected"
     lines = [
-        f"{actor}.policy_loss.loss_mode={loss_mode}",
+        *more * corrected,
+        f"{actor}.policy_loss.loss_mode={'delta_l' if corrected else loss_mode}",
         f"{actor}.clip_ratio_low={EPS_LOW}",
         f"{actor}.clip_ratio_high={EPS_HIGH}",
         f"{actor}.clip_ratio_c={DUAL_CLIP}",
@@ -208,13 +213,14 @@ def train(
     old: Tensor,
     mini_batches: int,
     micro_batch: int | None,
+    corrected: bool,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients, averaged over the mini-batches of the rollout, of all processes."""
     import numpy as np
     from verl import DataProto
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
     from verl.utils import tensordict_utils as tu
-    from verl.workers.utils.losses import ppo_loss
+    from verl.workers.utils.losses import ppo_loss  # the plugin's
     from verl.workers.utils.padding import left_right_2_no_padding
 
     # On the driver: the advantages of the whole rollout, then a part for every process.
@@ -228,6 +234,8 @@ def train(
     )
     unsent = ("rewards", "noise")
     tensors = {name: tensor for name, tensor in rollout.items() if name not in unsent}
+    if corrected:  # the same weights, to be found in the kernel
+        tensors["rollout_log_probs"] = old - tensors.pop("rollout_is_weights").log()
     batch = DataProto.from_dict({**tensors, "old_log_probs": old, "advantages": advantages})
     part = batch.chunk(dist.get_world_size())[dist.get_rank()].to_tensordict()
     part = left_right_2_no_padding(part)
@@ -265,8 +273,9 @@ def check(name: str, engines: dict[str, Any], folder: Path) -> None:
     old, true_loss, true_gradients = truth(rollout, folder)
     config, actor, engine = engines[loss_mode]
     loss, gradients = train(
-        engine, actor, config.algorithm, rollout, old, mini_batches, micro_batch
-    )
+        engine, actor, config.algorithm, rollout, old, mini_batches, micro_batch,
+        loss_mode == "corrected",
+    )  # fmt: skip
     assert gradients.keys() == true_gradients.keys()
     scale = max(gradient.abs().max().item() for gradient in true_gradients.values())
     worst = max(
@@ -291,7 +300,7 @@ def main(rank: int, processes: int, folder: Path) -> dict[str, str | None]:
         make_model(folder)
     dist.barrier()
     engines = {}
-    for loss_mode in ("delta_l", "vanilla"):
+    for loss_mode in ("delta_l", "vanilla", "corrected"):
         config = compose(folder, loss_mode)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         engines[loss_mode] = config, actor, make_engine(config, actor)

@@ -274,8 +274,13 @@ def run_ppo_loss(
     extras: bool = False,
     dp_size: int = 2,
     global_batch_size: int | None = 12,
+    correction: dict[str, Any] | None = None,
+    sampled: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Loss, gradient with respect to the log-probs, metrics; `extras`: KL and entropy too."""
+    """Loss, gradient with respect to the log-probs, metrics; `extras`: KL and entropy too.
+
+    `correction`: the actor's section; `sampled`: the batch has the rollout's log-probs.
+    """
     from verl.utils import tensordict_utils as tu
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.losses import ppo_loss
@@ -286,11 +291,14 @@ def run_ppo_loss(
         f"actor_rollout_ref.actor.entropy_coeff={0.01 * extras}",
         "actor_rollout_ref.actor.clip_ratio_high=0.3",
     )
+    if correction is not None:
+        with_correction(config, "actor_rollout_ref.actor.policy_loss", correction)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     rows, width = batch["response_mask"].shape
     tokens = torch.ones(rows, width, dtype=torch.int64, device=device())
     names = ["old_log_probs", "advantages", "response_mask"]
     names += ["rollout_is_weights"] * rollout + ["ref_log_prob"] * extras
+    names += ["rollout_log_probs"] * sampled
     data = tu.get_tensordict(
         {name: batch[name] for name in names}
         | {"prompts": tokens[:, :1], "responses": tokens}
@@ -333,6 +341,256 @@ def check_ppo_loss(rollout: bool, extras: bool) -> None:
     assert all(metrics[f"actor/pg_clipfrac{end}"] > 0 for end in ("", "_lower"))
     for name, value in their_metrics.items():
         assert metrics[name] == pytest.approx(value, rel=FP32, abs=FP32 * scale), name
+
+
+def with_correction(config: Any, section: str, correction: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(config):
+        OmegaConf.update(config, f"{section}.rollout_correction", correction, merge=False)
+    return config
+
+
+TOKEN = {"rollout_is": "token", "rollout_is_threshold": 1.2}
+# Settings of verl's; the geometric mean and the divergences drop some sequences and keep others.
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "token": TOKEN,
+    "icepop": {"rollout_is": "token", "rollout_is_threshold": "0.7_1.5"},
+    "sequence": {"rollout_is": "sequence", "rollout_is_threshold": 1.3},
+    "rejects": {"rollout_rs": "token_k1,seq_mean_k1", "rollout_rs_threshold": "0.5_2,0.9_1.08"},
+    "both": TOKEN | {"rollout_rs": "seq_sum_k3,seq_max_k2", "rollout_rs_threshold": "0.4,0.3"},
+}
+
+
+def sampled_batch() -> dict[str, Tensor]:
+    """With the rollout's log-probs, near to the old ones and to the current ones."""
+    batch = make_batch(torch.float32)
+    random = torch.Generator().manual_seed(3)
+    shape = batch["response_mask"].shape
+    gap = 0.3 * torch.randn(shape, generator=random)
+    gap += torch.tensor([0.1, -0.2, 0.05, 0, -0.05, 0.15])[:, None]
+    batch["rollout_log_probs"] = batch["old_log_probs"] + gap.to(device())
+    return batch
+
+
+def as_verl(found: tuple, wanted: tuple) -> dict[str, tuple[float, float]]:
+    """Loss and gradient agree; the metrics that both have."""
+    loss, gradient, metrics = found
+    their_loss, their_gradient, their_metrics = wanted
+    scale = their_gradient.abs().sum().item()
+    assert scale > 0
+    torch.testing.assert_close(loss, their_loss, rtol=FP32, atol=FP32 * scale)
+    atol = FP32 * their_gradient.abs().max().item()
+    torch.testing.assert_close(gradient, their_gradient, rtol=FP32, atol=atol)
+    return {n: (metrics[n], their_metrics[n]) for n in metrics if n in their_metrics}
+
+
+def check_decoupled(name: str) -> None:
+    """verl's driver corrects, and its vanilla loss takes the result; ours in the kernel."""
+    from verl import DataProto
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
+
+    batch = sampled_batch()
+    names = ("old_log_probs", "rollout_log_probs")
+    tensors = {n: batch[n] for n in names} | {"response_mask": batch["response_mask"].long()}
+    proto, their_metrics = compute_rollout_correction_and_add_to_batch(
+        DataProto.from_dict(tensors=tensors), CORRECTIONS[name]
+    )
+    corrected = {**batch, **proto.batch}
+    corrected["response_mask"] = corrected["response_mask"].bool()
+    rejected = (batch["response_mask"] & ~corrected["response_mask"]).sum()
+    assert bool(rejected) == ("rollout_rs" in CORRECTIONS[name])
+    weighed = "rollout_is" in CORRECTIONS[name]
+    wanted = run_ppo_loss(corrected, "vanilla", rollout=weighed)
+    plain = run_ppo_loss(batch, "vanilla")
+    found = run_ppo_loss(batch, "delta_l", correction=CORRECTIONS[name], sampled=True)
+    assert (plain[1] - wanted[1]).abs().max() > 0.01 * wanted[1].abs().max()
+    as_verl(found, wanted)
+    for metric in ("rollout_corr/kl", "rollout_corr/k3_kl"):
+        assert found[2][metric] == pytest.approx(their_metrics[metric], rel=1e-4)
+
+
+def check_bypass(name: str, loss_type: str) -> None:
+    """verl's bypass_mode loss, in which old_log_probs are the rollout's."""
+    batch = sampled_batch()
+    # As near as one step apart.
+    batch["log_probs"] = batch["old_log_probs"]
+    batch["old_log_probs"] = batch["rollout_log_probs"]
+    correction = CORRECTIONS[name] | {"bypass_mode": True, "loss_type": loss_type}
+    wanted = run_ppo_loss(batch, "bypass_mode", correction=correction)
+    found = run_ppo_loss(batch, "delta_l", correction=correction)
+    same = as_verl(found, wanted)
+    if "rollout_rs" in correction:
+        kept = correction | {"rollout_rs": None}
+        more = run_ppo_loss(batch, "delta_l", correction=kept)[1]
+        assert (more != found[1]).any() and (found[1] != 0).any()
+    compared = ["actor/pg_loss"]
+    if loss_type == "reinforce":
+        compared += ["rollout_corr/kl", "rollout_corr/k3_kl"]
+    else:
+        compared += [f"actor/{n}" for n in ("pg_clipfrac", "pg_clipfrac_lower", "ppo_kl")]
+        compared += ["rollout_corr/rollout_rs_masked_fraction"] * ("rollout_rs" in correction)
+    for metric in compared:
+        ours, theirs = same[metric]
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), metric
+
+
+def check_nested() -> None:
+    """verl's trainer keeps responses without padding, as jagged tensors: the same loss."""
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.utils.losses import ppo_loss
+
+    batch = sampled_batch()
+    del batch["rollout_is_weights"]
+    lengths = (16, 5, 12, 2, 3, 8)  # the fourth response counts nothing
+    rows = range(len(lengths))
+
+    def jagged(rows: list[Tensor]) -> Tensor:
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    names = ("old_log_probs", "advantages", "response_mask", "rollout_log_probs")
+    data = tu.get_tensordict(
+        {name: jagged([batch[name][i, : lengths[i]] for i in rows]) for name in names}
+        | {"prompts": jagged([torch.ones(2, dtype=torch.int64) for _ in rows])}
+        | {"responses": jagged([torch.ones(n, dtype=torch.int64) for n in lengths])},
+        {"dp_size": 2, "batch_num_tokens": 42, "global_batch_size": 12},
+    )
+    section = "actor_rollout_ref.actor.policy_loss"
+    config = configure(
+        f"{section}.loss_mode=delta_l", "actor_rollout_ref.actor.clip_ratio_high=0.3"
+    )
+    actor = with_correction(config, section, CORRECTIONS["both"]).actor_rollout_ref.actor
+    log_probs = batch["log_probs"].clone().requires_grad_()
+    # A value per token of prompt and response, of the token after it.
+    output = [torch.cat([log_probs[i, :1], log_probs[i, : lengths[i]], log_probs[i, :1]])
+              for i in rows]  # fmt: skip
+    loss, _ = ppo_loss(
+        omega_conf_to_dataclass(actor), {"log_probs": torch.cat(output)}, data
+    )  # fmt: skip
+    wanted = run_ppo_loss(batch, "delta_l", correction=CORRECTIONS["both"], sampled=True)
+    torch.testing.assert_close(loss.detach(), wanted[0], rtol=FP32, atol=FP32)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, log_probs)[0], wanted[1], rtol=FP32, atol=FP32
+    )
+
+
+def check_finished_weights() -> None:
+    """What verl's driver made stays, normalised over the whole batch or not, and a batch with the
+    rollout's log-probs alone is not corrected."""
+    batch = sampled_batch()
+    for rollout in (False, True):
+        found = run_ppo_loss(batch, "delta_l", sampled=True, rollout=rollout)
+        as_verl(found, run_ppo_loss(batch, "vanilla", sampled=True, rollout=rollout))
+    # Another loss is verl's alone, whatever the section says.
+    found = run_ppo_loss(batch, "vanilla", sampled=True, correction=TOKEN)
+    as_verl(found, run_ppo_loss(batch, "vanilla"))
+
+
+def check_correction_refuses() -> None:
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    from dl_norm.integrations import verl as plugin
+
+    batch = sampled_batch()
+    reinforce = TOKEN | {"bypass_mode": True, "loss_type": "reinforce"}
+    normalised = {"rollout_is_batch_normalize": True}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"correction": TOKEN}, "calculate_log_probs=true"),
+        ({"correction": TOKEN, "sampled": True, "rollout": True}, "take one of them out"),
+        ({"correction": TOKEN | normalised, "sampled": True}, "whole batch"),
+        ({"correction": reinforce | normalised}, "whole batch"),
+        ({"correction": reinforce | {"loss_type": "gpg"}}, "loss_type='gpg'"),
+    ]
+    for options, words in cases:
+        with pytest.raises(ValueError, match=words):
+            run_ppo_loss(batch, "delta_l", **options)
+    # The ratio is the weight with PPO's clip, so that there is none to be normalised.
+    clipped = reinforce | normalised | {"loss_type": "ppo_clip"}
+    run_ppo_loss(batch, "delta_l", correction=clipped)
+    plugin.register("delta_l_sapo", surrogate="sapo")
+    with pytest.raises(ValueError, match="beside loss_type='reinforce'"):
+        run_ppo_loss(batch, "delta_l_sapo", correction=reinforce)
+    run_ppo_loss(batch, "delta_l_sapo", correction=TOKEN, sampled=True)
+
+    # Called by another than this module's ppo_loss.
+    from verl.utils.config import omega_conf_to_dataclass
+
+    section = "actor_rollout_ref.actor.policy_loss"
+    actor = with_correction(configure(), section, TOKEN).actor_rollout_ref.actor
+    actor = omega_conf_to_dataclass(actor)
+    actor.global_batch_info.update(dp_size=1, global_batch_size=6, loss_scale_factor=MAX_LENGTH)
+    with pytest.raises(ValueError, match="ppo_loss"):
+        call_loss(actor, batch)
+    assert get_policy_loss_fn("delta_l") is plugin.compute_policy_loss_delta_l
+
+
+def check_readme_correction() -> None:
+    """The README's lines are what the loss follows, and what the estimator takes."""
+    import shlex
+
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+    from verl.utils.config import omega_conf_to_dataclass
+
+    from dl_norm.integrations import verl as plugin
+
+    readme = (ROOT / "dl_norm" / "integrations" / "README.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", readme, re.M | re.S)
+    blocks = [block for block in blocks if "policy_loss.rollout_correction" in block]
+    wanted = ({"rollout_is_threshold": 2.0}, {"bypass_mode": True, "loss_type": "reinforce"})
+    for block, values in zip(blocks, wanted, strict=True):
+        lines = shlex.split(block.replace("\\\n", " "))
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", overrides=[*config_lines(), *NEEDED, *lines])
+        rollout_advantages(config.algorithm)
+        OmegaConf.resolve(config)  # as verl's main does
+        settings = plugin._rollout_settings(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
+        values = values | {"rollout_is": "token"}
+        assert {name: settings.get(name) for name in values} == values
+        calculated = config.actor_rollout_ref.rollout.calculate_log_probs
+        assert calculated or settings.get("bypass_mode")
+
+
+def check_one_corrects() -> None:
+    """The estimator sees the settings of both, and raises where they do not go together."""
+    section = "actor_rollout_ref.actor.policy_loss"
+    bypass = {"bypass_mode": True}
+    rejects = CORRECTIONS["rejects"]
+    for driver, actor, words in (
+        (TOKEN, TOKEN, "would correct"),
+        (rejects, TOKEN, "would correct"),
+        ({}, bypass, "the same in both"),
+        (bypass, TOKEN, "the same in both"),
+        (bypass | rejects, None, "algorithm.rollout_correction}"),
+        (bypass | {"loss_type": "reinforce"}, None, "algorithm.rollout_correction}"),
+        (bypass, None, None),
+        (bypass | rejects, bypass | rejects, None),
+        (TOKEN, None, None),
+        ({}, TOKEN, None),
+    ):
+        config = with_correction(configure(), "algorithm", driver)
+        if actor is not None:
+            with_correction(config, section, actor)
+        if words is None:
+            rollout_advantages(config.algorithm)
+            continue
+        with pytest.raises(ValueError, match=words):
+            rollout_advantages(config.algorithm)
+
+
+def check_workers_take_it() -> None:
+    """verl's workers, imported after the plugin, build their loss of it."""
+    import verl
+
+    from dl_norm.integrations import verl as plugin
+
+    source = (Path(verl.__file__).parent / "workers" / "engine_workers.py").read_text()
+    assert "from verl.workers.utils.losses import ppo_loss" in source
+    assert "partial(ppo_loss, config=actor_config)" in source
+    from verl.workers.utils.losses import ppo_loss
+
+    assert ppo_loss is plugin.ppo_loss
 
 
 def check_ppo_loss_bf16() -> None:
@@ -511,6 +769,18 @@ CHECKS: dict[str, Callable[[], None]] = {
     "masked": check_masked,
     "own-loss": check_own_loss,
     "loss-refuses": check_loss_refuses,
+    **{f"decoupled-{name}": functools.partial(check_decoupled, name) for name in CORRECTIONS},
+    **{
+        f"bypass-{name}-{loss_type}": functools.partial(check_bypass, name, loss_type)
+        for name in CORRECTIONS
+        for loss_type in ("ppo_clip", "reinforce")
+    },
+    "nested": check_nested,
+    "finished-weights": check_finished_weights,
+    "correction-refuses": check_correction_refuses,
+    "one-corrects": check_one_corrects,
+    "readme-correction": check_readme_correction,
+    "workers-take-it": check_workers_take_it,
     "no-sync": check_no_sync,
 }
 

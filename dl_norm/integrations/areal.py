@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 import dl_norm
+from dl_norm.rollout import token_weights
 
-from .shared import adapter_loss, checked
+from . import rollout as settings_of
+from .shared import adapter_loss, checked, required
 
 
 class DeltaLLoss:
@@ -35,16 +37,40 @@ class DeltaLLoss:
     Args:
         alpha, max_length: as for :func:`dl_norm.sequence_weights`.
         stats: AReaL's ``stats_tracker``, to log ``entropy``, ``importance_weight``, ``approx_kl``,
-            ``clip_ratio``, ``new_logp`` and ``old_logp`` per token under its names, or None.
+            ``clip_ratio``, ``new_logp`` and ``old_logp`` per token under its names, with a
+            correction also ``behave_imp_weight`` and ``behave_approx_kl``, or None.
+        rejection_sampling: the actor's setting of that name, for the decoupled loss. The weights
+            exp(prox_logp - logprobs) and their bounds are computed in the kernel, by
+            :func:`dl_norm.integrations.rollout.areal`. A rejected token keeps its place in the
+            lengths L_i, as in AReaL's own denominators.
         **options: of :func:`dl_norm.policy_loss`: AReaL's eps_clip, eps_clip_higher and c_clip are
-            ``eps_low``, ``eps_high`` (``eps_low`` if left out) and ``dual_clip``.
+            ``eps_low``, ``eps_high`` (``eps_low`` if left out) and ``dual_clip``; also a
+            ``rollout_correction`` in the place of ``rejection_sampling``.
+
+    Raises:
+        ValueError, TypeError: bad options; a ``rejection_sampling`` without a counterpart, or
+            beside a ``rollout_correction``.
     """
 
-    def __init__(self, *, max_length: int, alpha: float = 1.0, stats: Any = None, **options: Any):
+    def __init__(
+        self,
+        *,
+        max_length: int,
+        alpha: float = 1.0,
+        stats: Any = None,
+        rejection_sampling: Any = None,
+        **options: Any,
+    ):
         if "eps_low" in options:
             options.setdefault("eps_high", options["eps_low"])
+        if rejection_sampling is not None:
+            if options.get("rollout_correction") is not None:
+                raise ValueError("rejection_sampling beside rollout_correction: give one of them")
+            options["rollout_correction"] = settings_of.areal(rejection_sampling)
         self.alpha, self.max_length, self.stats = alpha, max_length, stats
-        self.options = checked(options)
+        self.correction = options.get("rollout_correction")
+        self.options = checked(options, rollout=True)
+        _check_level(self.options)
         self._weights(torch.ones(1, dtype=torch.int64))  # bad values raise here as well
 
     def __call__(
@@ -64,10 +90,15 @@ class DeltaLLoss:
                 ``cu_seqlens`` (G + 1,) if packed.
 
         Raises:
-            ValueError: packed log-probs without cu_seqlens.
+            ValueError: packed log-probs without cu_seqlens; a correction without ``prox_logp``.
         """
         mask, offsets = input_data["loss_mask"], _offsets(input_data)
         old = input_data.get("prox_logp")
+        rollout = {}
+        if self.correction is not None:
+            remedy = "a rollout correction needs it: set actor.use_decoupled_loss=true"
+            required(old, "prox_logp", remedy)
+            rollout["rollout_log_probs"] = input_data["logprobs"]
         old = input_data["logprobs"] if old is None else old
         loss, _ = adapter_loss(
             logprobs,
@@ -76,6 +107,7 @@ class DeltaLLoss:
             mask,
             weights=self._weights(dl_norm.sequence_lengths(mask, offsets)),
             cu_seqlens=offsets,
+            **rollout,
             **self.options,
         )
         if self.stats is not None:
@@ -109,6 +141,31 @@ class DeltaLLoss:
             new_logp=log_probs.float(),
             old_logp=old.float(),
             denominator="n_valid_tokens",
+        )
+        if self.correction is not None:
+            sampled = data["logprobs"]
+            weight = token_weights(old, sampled, mask, self.correction, cu_seqlens=_offsets(data))
+            kept = mask & (weight > 0)
+            self.stats.denominator(unclipped_behave_tokens=kept)
+            self.stats.stat(
+                behave_imp_weight=weight,
+                behave_approx_kl=(old.float() - sampled.float()).masked_fill(~kept, 0.0),
+                denominator="unclipped_behave_tokens",
+            )
+
+
+def _check_level(options: dict[str, Any]) -> None:
+    """AReaL's ratio of a sequence is that of the tokens which a correction has kept."""
+    correction = options.get("rollout_correction")
+    if correction is None or options.get("ratio_level", "token") == "token":
+        return
+    by_token = correction.level == "token" and correction.mode == "mask"
+    if by_token or any(one.over == "token" for one in correction.reject):
+        raise ValueError(
+            f"ratio_level={options['ratio_level']!r} with a correction that drops single tokens is "
+            "not supported here: AReaL leaves those out of a sequence's ratio, and "
+            "dl_norm.policy_loss does not. Take ratio_level='token', truncated weights, or a "
+            "correction by sequences"
         )
 
 

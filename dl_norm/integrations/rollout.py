@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..rollout import Reject, RolloutCorrection
 
 
@@ -122,6 +125,134 @@ def nemo_rl(config: Any) -> RolloutCorrection | None:
     if kind == "seq-mask-tis":
         return RolloutCorrection(level, reject=Reject("k1", "mean", low, high))
     return RolloutCorrection(level, {"tis": "truncate", "icepop": "mask"}[kind], low, high)
+
+
+def areal(config: Any) -> RolloutCorrection | None:
+    """Of AReaL's ``RejectionSamplingConfig``, the actor's ``rejection_sampling``: ``level``,
+    ``action``, ``metric``, ``agg``, ``upper``, ``lower``.
+
+    None where ``config`` is None. old_log_probs are AReaL's ``prox_logp``, the rollout's its
+    ``logprobs``.
+
+    Raises:
+        ValueError: what has no counterpart: at level "sequence" the sum or the mean of "kl_k3",
+            which is AReaL's KL of the other direction, a lower bound of the largest ratio or k1,
+            and "clamp" decided by the sum or the max; a lower bound of "kl_k2" or "kl_k3".
+    """
+    if config is None:
+        return None
+    clamps = _get(config, "action", "mask") == "clamp"
+    metric, lower, upper = (_get(config, name, None) for name in ("metric", "lower", "upper"))
+    over = _get(config, "agg", "mean") if _get(config, "level", "token") == "sequence" else "token"
+    # The weights are the tokens' ratios, or with metric="ratio" the sequence's geometric mean.
+    level = "geometric" if metric == "ratio" and over != "token" else "token"
+    if metric == "ratio" and over in ("token", "mean"):
+        return RolloutCorrection(level, "truncate" if clamps else "mask", *_bounds(lower, upper))
+    reject = None if clamps else _areal_reject(metric, over, lower, upper)
+    if reject is not None:
+        return RolloutCorrection(level, reject=reject)
+    names = ("level", "action", "metric", "agg", "lower", "upper")
+    given = ", ".join(f"{name}={_get(config, name, None)!r}" for name in names)
+    raise ValueError(
+        f"AReaL's rejection_sampling with {given} has no counterpart among the settings of "
+        "dl_norm.RolloutCorrection: take metric='ratio' with agg='mean', or 'kl_k2'"
+    )
+
+
+def _areal_reject(metric: str, over: str, lower: float | None, upper: float) -> Reject | None:
+    """None if there is no such Reject."""
+    bounded_below = lower is not None and (lower > 0 or metric == "kl_k1")
+    if bounded_below and (over == "max" or metric in ("kl_k2", "kl_k3")):
+        return None
+    if metric == "ratio":
+        return Reject("k1", over, *_bounds(lower, upper))
+    if metric == "kl_k1":  # the log-ratio there
+        return Reject("k1", over, 0.0 if lower is None else math.exp(lower), math.exp(upper))
+    if metric == "kl_k2":
+        return Reject("k2", over, high=upper)
+    return Reject("k1", over, *_where_k3_is(upper)) if over in ("token", "max") else None
+
+
+def _where_k3_is(bound: float) -> tuple[float, float]:
+    """The ratios r below and above 1 at which 1 / r - 1 + log r, which falls up to 1 and rises
+    from there, is ``bound``."""
+
+    def root(outer: float) -> float:  # log r between 0, where it is 0, and where it is beyond
+        inner = 0.0
+        for _ in range(100):
+            middle = (inner + outer) / 2
+            beyond = math.expm1(-middle) + middle > bound
+            inner, outer = (inner, middle) if beyond else (middle, outer)
+        return inner
+
+    return math.exp(root(-math.log1p(bound) - 2)), math.exp(min(root(bound + 1), 700.0))
+
+
+def openrlhf(config: Any) -> RolloutCorrection | None:
+    """Of OpenRLHF's ``algo.advantage`` (or its ``PolicyLoss``): ``is_correction_level``,
+    ``is_correction_mode``, ``is_correction_gating``, ``is_correction_threshold``.
+
+    None where the level is "off". TIS is level "token" with mode "clip", ICEPOP "token" with
+    "mask", seq-mask-tis "seq" with "mask".
+
+    Raises:
+        ValueError: the gates "binary_kl" and "tv"; a ``PolicyLoss`` of type "gspo", which takes
+            its ratio to the rollout policy and no correction.
+    """
+    level = _get(config, "is_correction_level", "off")
+    if level == "off":
+        return None
+    if _get(config, "policy_loss_type", "ppo") == "gspo":
+        raise ValueError(
+            "OpenRLHF's gspo with is_correction_level has no correction: its ratio is to the "
+            "rollout policy, so hand its log-probs as old_log_probs, with ratio_level='sequence'"
+        )
+    low, high = map(float, _get(config, "is_correction_threshold", (0.5, 5.0)))
+    gating = _get(config, "is_correction_gating", "ratio")
+    if gating != "ratio":
+        raise ValueError(
+            f"OpenRLHF's is_correction_gating={gating!r} has no counterpart among the statistics "
+            "of dl_norm.Reject: take 'ratio', or RolloutCorrection() with mask="
+            "dl_norm.integrations.rollout.openrlhf_gate(...), the mask without what it drops"
+        )
+    if level == "seq":
+        return RolloutCorrection(reject=Reject("k1", "mean", low, high))
+    mode = {"clip": "truncate", "mask": "mask"}[_get(config, "is_correction_mode", "mask")]
+    return RolloutCorrection("token", mode, low, high)
+
+
+@torch.no_grad()
+def openrlhf_gate(
+    config: Any, old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor
+) -> Tensor:
+    """bool (B, T): ``mask`` without what OpenRLHF's gates "binary_kl" and "tv" drop.
+
+    With p and q the token's probability under the rollout and the old policy, both kept within
+    [1e-6, 1 - 1e-6], the gate drops tokens, or by their mean whole sequences (level "seq"), whose
+    p log(p / q) + (1 - p) log((1 - p) / (1 - q)), or |p - q|, is above the threshold. What is left
+    weighs exp(d): ``RolloutCorrection()``. A few operations, as this is no statistic of the
+    kernels'. NaN is above every threshold.
+
+    Args:
+        config: as for :func:`openrlhf`, with one of these gates.
+        old_log_probs, rollout_log_probs, mask: (B, T).
+
+    Raises:
+        ValueError: another gate.
+    """
+    gating = _get(config, "is_correction_gating", "ratio")
+    if gating not in ("binary_kl", "tv"):
+        raise ValueError(f"is_correction_gating={gating!r} is openrlhf(config): no mask is needed")
+    counted = mask != 0
+    p, q = (x.float().exp().clamp(1e-6, 1 - 1e-6) for x in (rollout_log_probs, old_log_probs))
+    if gating == "tv":
+        apart = (p - q).abs()
+    else:
+        apart = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    if _get(config, "is_correction_level", "off") == "seq":
+        total = apart.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
+        apart = total / counted.sum(-1, keepdim=True).clamp(min=1)
+    return counted & (apart <= float(_get(config, "is_correction_threshold", ())[1]))
 
 
 def _get(config: Any, name: str, default: Any) -> Any:

@@ -12,8 +12,9 @@ mini-batches and L_i from ``loss_mask`` (tool tokens and SkyRL's padding rows do
 step's gradient is S times the mini-batch's part of sum_i x_i grad sum_t l_it, their mean is the
 whole.
 
-SkyRL's KL and entropy terms stay as they are, and so does its off-policy correction unless a
-``rollout_correction`` takes its place.
+SkyRL's ``off_policy_correction`` is computed in the kernel; only what
+:func:`dl_norm.integrations.rollout.skyrl` cannot say, a token mask beside a weight or a mask of
+sequences, by SkyRL's own function. SkyRL's KL and entropy terms stay as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rollout import RolloutCorrection
+from . import rollout as settings_of
 from .shared import adapter_loss, checked, clip_fraction, needed, on_host, required, row_factors
 
 REDUCTION = "seq_mean_token_sum_norm"
@@ -43,60 +46,65 @@ def delta_l_policy_loss(
 
     Args:
         log_probs, old_log_probs, advantages, loss_mask, rollout_logprobs: (B, T).
-        config: SkyRL's ``AlgorithmConfig``: ``eps_clip_low``, ``eps_clip_high``, and
-            ``clip_ratio_c`` if ``policy_loss_type`` is "delta_l_dual_clip".
-        **options: those given to :func:`register`. With ``rollout_correction`` it is ours, in the
-            kernel, in the place of SkyRL's.
+        config: SkyRL's ``AlgorithmConfig``: ``eps_clip_low``, ``eps_clip_high``,
+            ``off_policy_correction``, and ``clip_ratio_c`` if ``policy_loss_type`` is
+            "delta_l_dual_clip".
+        **options: those given to :func:`register`. A ``rollout_correction`` is one beyond SkyRL's
+            settings, which must then be off.
 
     Returns:
-        (loss, {"clip_ratio": ...}): SkyRL takes metrics as Python floats, which is one host sync.
+        (loss, metrics): "clip_ratio", and with a correction in the kernel those of
+        :class:`dl_norm.metrics.RolloutMetrics`. SkyRL takes metrics as Python floats, which is one
+        host sync.
 
     Raises:
         ValueError: ``loss_reduction`` is not "seq_mean_token_sum_norm"; a ``rollout_correction``
-            beside one of SkyRL's, or without ``rollout_logprobs``.
+            beside one of SkyRL's; a correction without ``rollout_logprobs``.
     """
     _check_reduction(config)
-    rollout_weights, metrics = None, {}
-    if options.get("rollout_correction") is not None:
-        options["rollout_log_probs"] = _sampled(rollout_logprobs, config)
-    elif rollout_logprobs is not None:
+    ours, theirs = _correction(config, options.pop("rollout_correction", None))
+    metrics: dict[str, float] = {}
+    if ours is not None or theirs:
+        remedy = "the correction needs them: let the inference engine return log-probs"
+        required(rollout_logprobs, "rollout_logprobs", remedy)
+    if ours is not None:
+        options |= {"rollout_correction": ours, "rollout_log_probs": rollout_logprobs}
+    elif theirs:
         correction = needed(f"{_UTILS}.off_policy_correction_utils", _NEEDS)
-        rollout_weights, metrics, loss_mask = correction.compute_off_policy_correction(
+        weights, metrics, loss_mask = correction.compute_off_policy_correction(
             old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction
         )
-        if rollout_weights is not None and rollout_weights.shape[-1] == 1:
-            rollout_weights = rollout_weights.squeeze(-1)  # one per sequence
+        if weights is not None and weights.shape[-1] == 1:
+            weights = weights.squeeze(-1)  # one per sequence
+        options["rollout_weights"] = weights
     dual = config.policy_loss_type == "delta_l_dual_clip"
-    loss, seen = adapter_loss(
-        log_probs,
-        old_log_probs,
-        advantages,
-        loss_mask,
-        rollout_weights=rollout_weights,
-        clip={
-            "eps_low": config.eps_clip_low,
-            "eps_high": config.eps_clip_high,
-            "dual_clip": config.clip_ratio_c if dual else None,
-        },
-        **options,
-    )
+    clip = {
+        "eps_low": config.eps_clip_low,
+        "eps_high": config.eps_clip_high,
+        "dual_clip": config.clip_ratio_c if dual else None,
+    }
+    loss, seen = adapter_loss(log_probs, old_log_probs, advantages, loss_mask, clip=clip, **options)
     shown = {"clip_ratio": clip_fraction(seen)}
     if seen.rollout is not None:
         shown |= seen.rollout.summary(seen.tokens.clamp(min=1))
     return loss, {**on_host(shown), **metrics}
 
 
-def _sampled(rollout_logprobs: Tensor | None, config: Any) -> Tensor:
-    """The rollout's log-probs for a correction of ours."""
-    theirs = config.off_policy_correction
-    correction = needed(f"{_UTILS}.off_policy_correction_utils", _NEEDS)
-    if correction.off_policy_correction_enabled(theirs):
+def _correction(config: Any, given: Any) -> tuple[RolloutCorrection | None, bool]:
+    """The correction in the kernel, and whether SkyRL's own function has to correct."""
+    theirs = getattr(config, "off_policy_correction", None)
+    try:
+        ours = settings_of.skyrl({} if theirs is None else theirs)
+    except ValueError:  # no counterpart
+        ours = None
+    if ours == RolloutCorrection("none"):  # all of it is off
+        return given, False
+    if given is not None:
         raise ValueError(
             "rollout_correction beside SkyRL's off_policy_correction would correct twice: turn one "
-            "of them off; dl_norm.integrations.rollout.skyrl(config) is SkyRL's as ours"
+            "of them off"
         )
-    remedy = "rollout_correction needs them: let the inference engine return log-probs"
-    return required(rollout_logprobs, "rollout_logprobs", remedy)
+    return ours, ours is None
 
 
 class DeltaLAdvantages:
@@ -135,7 +143,8 @@ def register(**options: Any) -> None:
 
     Args:
         **options: of :func:`dl_norm.policy_loss`, over SkyRL's clip settings; also
-            ``rollout_correction``, of SkyRL's settings :func:`dl_norm.integrations.rollout.skyrl`.
+            ``rollout_correction``, for one beyond SkyRL's ``off_policy_correction``, which is
+            followed without it.
     """
     registry = needed(f"{_UTILS}.ppo_utils", _NEEDS).PolicyLossRegistry
     loss = functools.partial(delta_l_policy_loss, **checked(options, rollout=True))

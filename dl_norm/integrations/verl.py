@@ -43,6 +43,11 @@ So the loss must be a plain sum of a row's tokens over a constant: ``loss_agg_mo
 raises, in the estimator already if it is given verl's whole configuration. verl's ``vanilla`` loss
 on these advantages gives the same numbers in many small operations; ``delta_l`` is one kernel.
 
+**Rollout correction.** verl's driver corrects before the advantages are made, by
+``algorithm.rollout_correction``, and the loss takes its finished weights. Written into the actor's
+section in its place, as ``actor.policy_loss.rollout_correction``, it is computed in the kernel: see
+:func:`ppo_loss` and :func:`compute_policy_loss_delta_l`.
+
 Not re-weighted: verl's KL loss and entropy bonus, which verl aggregates itself, with 1/(G M). Every
 row is a response of its own: where an agent gives several outputs per session, verl's ``grpo``
 takes the last one for all of them, and these estimators do not.
@@ -50,15 +55,19 @@ takes the last one for all of them, and these estimators do not.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 
 import dl_norm
 from dl_norm.checks import check_number
+from dl_norm.rollout import token_weights
 
+from . import rollout as settings_of
 from .shared import adapter_loss, checked
 
 _TESTED, _OLDEST, _UNTESTED = "0.9.1", "0.9", "0.10"
@@ -79,6 +88,7 @@ try:
         register_adv_est,
         register_policy_loss,
     )
+    from verl.workers.utils import losses as _losses  # pyright: ignore[reportMissingImports]
 except Exception as error:
     _logger.error(
         "dl_norm is not available in verl: its plugin failed with %s: %s. Nothing named delta_l is "
@@ -96,11 +106,14 @@ __all__ = [
     "compute_delta_l_rloo_advantage",
     "compute_policy_loss_delta_l",
     "delta_l_factors",
+    "ppo_loss",
     "register",
 ]
 
 _PREFIX, _ALPHA = "delta_l", "delta_l_alpha"
 _LOG_RATIO_CLAMP = 20.0  # verl's, in compute_policy_loss_vanilla
+_sampled: ContextVar[Tensor | None] = ContextVar("rollout_log_probs", default=None)
+_ours = {"delta_l"}  # values of loss_mode
 
 
 @register_adv_est("delta_l_grpo")
@@ -171,7 +184,7 @@ def delta_l_factors(response_mask: Tensor, config: Any = None) -> Tensor:
     Raises:
         ValueError, TypeError: alpha out of range or no number; another ``delta_l*`` key in the
             section; an actor (if the section is part of verl's whole configuration) whose
-            ``loss_agg_mode`` or ``loss_scale_factor`` does not fit.
+            ``loss_agg_mode``, ``loss_scale_factor`` or ``rollout_correction`` does not fit.
     """
     config = {} if config is None else config
     unknown = [key for key in config if key.startswith(_PREFIX) and key != _ALPHA]
@@ -205,56 +218,191 @@ def compute_policy_loss_delta_l(
     of verl's ``vanilla`` loss: asymmetric clip, dual clip, log-ratio clamped to +-20. The DeltaL
     weights are in the advantages; see the module.
 
+    With ``config.policy_loss.rollout_correction``, verl's own section of that name, the weights w
+    and rejections are computed here: in the kernel, of the rollout's log-probs, which
+    :func:`ppo_loss` brings; in bypass mode, where ``old_log_prob`` are these, as verl's
+    ``bypass_mode`` loss does, of the current policy: with loss_type "reinforce" in the kernel,
+    with the token loss -A log pi; with "ppo_clip" the rejections alone, in a few operations before
+    it. A rejected token keeps its place in the lengths L_i.
+
     Args:
         old_log_prob, log_prob: (B, T), float32, bfloat16 or float16; arithmetic is float32.
         advantages: (B, T), from a ``delta_l_*`` estimator.
         response_mask: (B, T), bool or number; masked positions may hold anything.
         loss_agg_mode: "seq-mean-token-sum-norm" or "seq-mean-token-sum".
         config: verl's ActorConfig: ``clip_ratio``, ``clip_ratio_low``, ``clip_ratio_high``,
-            ``clip_ratio_c``, and ``global_batch_info`` as verl fills it.
+            ``clip_ratio_c``, ``policy_loss.rollout_correction``, and ``global_batch_info`` as verl
+            fills it.
         rollout_is_weights: (B, T) off-policy weights, or None.
         **options: those given to :func:`register`; verl passes none.
 
     Returns:
         The loss, and the means over this micro-batch's tokens ``actor/pg_clipfrac``,
-        ``actor/pg_clipfrac_lower`` and ``actor/ppo_kl`` as 0-dim tensors. Nothing here waits for
-        the device: verl 0.9.1 reads the three values itself, when it stores them.
+        ``actor/pg_clipfrac_lower`` and ``actor/ppo_kl`` as 0-dim tensors (none of them with
+        "reinforce", which has no ratio); with a correction in the kernel also ``rollout_corr/kl``
+        and ``k3_kl`` as verl has them, and what else :class:`dl_norm.metrics.RolloutMetrics` sums
+        up; with rejections before it ``rollout_corr/rollout_rs_masked_fraction``. Nothing here
+        waits for the device: verl 0.9.1 reads the values itself, when it stores them.
 
     Raises:
         ValueError, TypeError: another ``loss_agg_mode``, no M, or no ``dp_size`` or
-            ``global_batch_size``: a micro-batch never stands in for the whole. Also what
+            ``global_batch_size``: a micro-batch never stands in for the whole. A
+            ``rollout_correction`` beside finished weights, without the rollout's log-probs, with
+            ``rollout_is_batch_normalize``, or with a token loss beside REINFORCE. Also what
             :func:`dl_norm.policy_loss` refuses.
     """
     if config is None:
         raise ValueError("the policy loss delta_l needs config, verl's ActorConfig; got None")
-    info = config.global_batch_info
-    constant = _max_length(loss_agg_mode, info.get("loss_scale_factor"))
-    for name in ("dp_size", "global_batch_size"):
-        if info.get(name) is None:
-            raise ValueError(
-                f"config.global_batch_info lacks {name!r}, without which the loss would depend on "
-                f"how the batch is cut; it holds {info}. verl's ppo_loss fills it in: pass "
-                "global_batch_size with the data"
-            )
-        check_number(info[name], name, f"{name} >= 1", lambda count: count >= 1)
-    scale = info["dp_size"] / (info["global_batch_size"] * constant)
+    scale = _scale(config.global_batch_info, loss_agg_mode)
     low, high = config.clip_ratio_low, config.clip_ratio_high
-    clip = {
+    clip: dict[str, Any] = {
         "eps_low": config.clip_ratio if low is None else low,
         "eps_high": config.clip_ratio if high is None else high,
         "dual_clip": config.clip_ratio_c,
     }
+    streams = old_log_prob, log_prob, response_mask
+    theirs = _rollout_settings(config)
+    if theirs is None:
+        options["rollout_weights"] = rollout_is_weights
+        return _loss(streams, advantages, weights=scale, clip=clip, **options)
+    _check_rollout_settings(theirs, rollout_is_weights, options)
+    correction = settings_of.verl(theirs)
+    in_kernel = {**options, "rollout_correction": correction}
+    if not theirs.get("bypass_mode", False):
+        in_kernel["rollout_log_probs"] = _sampled_here()
+        return _loss(streams, advantages, weights=scale, clip=clip, **in_kernel)
+    if _loss_type(theirs) == "reinforce":
+        in_kernel["rollout_log_probs"], streams = old_log_prob, (None, *streams[1:])
+        clip = {"surrogate": "policy_gradient"}
+        return _loss(streams, advantages, weights=scale, clip=clip, **in_kernel)
+    if not correction.reject:
+        return _loss(streams, advantages, weights=scale, clip=clip, **options)
+    kept, share = _kept(*streams, correction)
+    streams = *streams[:2], kept
+    loss, metrics = _loss(streams, advantages, weights=scale, clip=clip, **options)
+    return loss, metrics | {"rollout_corr/rollout_rs_masked_fraction": 1 - share}
+
+
+def _loss(
+    streams: tuple[Tensor | None, Tensor, Tensor], advantages: Tensor, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and metrics, under verl's names where it has one."""
+    old, new, mask = streams
     loss, metrics = adapter_loss(
-        log_prob, old_log_prob, advantages, response_mask, weights=scale, clip=clip,
-        log_ratio_clamp=_LOG_RATIO_CLAMP, rollout_weights=rollout_is_weights, **options,
-    )  # fmt: skip
+        new, old, advantages, mask, log_ratio_clamp=_LOG_RATIO_CLAMP, **options
+    )
     tokens = metrics.tokens.clamp(min=1)
-    return loss, {
-        "actor/pg_clipfrac": (metrics.clipped_low + metrics.clipped_high) / tokens,
-        "actor/ppo_kl": metrics.kl_old_k1 / tokens,
-        "actor/pg_clipfrac_lower": metrics.clipped_dual / tokens,
-        **{f"actor/{name}": value / tokens for name, value in metrics.extras.items()},
-    }
+    clipped = metrics.clipped_low + metrics.clipped_high
+    of_tokens = {name: value / tokens for name, value in metrics.extras.items()}
+    if old is not None:
+        of_tokens |= {
+            "pg_clipfrac": clipped / tokens,
+            "ppo_kl": metrics.kl_old_k1 / tokens,
+            "pg_clipfrac_lower": metrics.clipped_dual / tokens,
+        }
+    shown = {f"actor/{name}": value for name, value in of_tokens.items()}
+    if metrics.rollout is not None:
+        verls = {"rollout_k1": "kl", "rollout_k3": "k3_kl"}
+        for name, value in metrics.rollout.summary(tokens).items():
+            shown[f"rollout_corr/{verls.get(name, name)}"] = value
+    return loss, shown
+
+
+def _kept(
+    old_log_prob: Tensor, log_prob: Tensor, mask: Tensor, correction: dl_norm.RolloutCorrection
+) -> tuple[Tensor, Tensor]:
+    """The mask without what is rejected, by the current policy, and the share that is left. PPO's
+    ratio is the weight already, so nothing else of the correction is."""
+    alone = dl_norm.RolloutCorrection("none", reject=correction.reject)
+    kept = token_weights(log_prob.detach(), old_log_prob, mask, alone) != 0
+    counted = mask != 0
+    kept = counted & kept
+    return kept, kept.sum() / counted.sum().clamp(min=1)
+
+
+def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
+    """verl's ``ppo_loss``, where a policy loss of this module finds the rollout's log-probs.
+
+    verl calls a policy loss with finished weights and without ``rollout_log_probs``, which are in
+    ``data``. This function stands in verl's place from the import of the plugin on, does verl's
+    work by verl's function, and changes nothing for other policy losses or without
+    ``policy_loss.rollout_correction``. Arguments and results are verl's.
+    """
+    theirs = _rollout_settings(config) if config.policy_loss.get("loss_mode") in _ours else None
+    sampled = None
+    if theirs is not None and not theirs.get("bypass_mode", False):
+        if "rollout_log_probs" not in data:
+            raise ValueError(
+                "policy_loss.rollout_correction needs rollout_log_probs, which this batch lacks: "
+                "set actor_rollout_ref.rollout.calculate_log_probs=true"
+            )
+        sampled = data.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"]
+    token = _sampled.set(sampled)
+    try:
+        return _verls_ppo_loss(config, model_output, data, dp_group)
+    finally:
+        _sampled.reset(token)
+
+
+# verl's workers are imported after the plugins, and take it from there.
+_verls_ppo_loss, _losses.ppo_loss = _losses.ppo_loss, ppo_loss
+
+
+def _sampled_here() -> Tensor:
+    sampled = _sampled.get()
+    if sampled is None:
+        raise ValueError(
+            "policy_loss.rollout_correction needs the rollout's log-probs, which come with "
+            "dl_norm.integrations.verl.ppo_loss: a loss function of your own must call that in "
+            "the place of verl's ppo_loss, or leave the correction to algorithm.rollout_correction"
+        )
+    return sampled
+
+
+def _rollout_settings(config: Any) -> Any:
+    """The actor's ``rollout_correction``, None where it says nothing."""
+    policy_loss = getattr(config, "policy_loss", None)
+    theirs = None if policy_loss is None else policy_loss.get("rollout_correction", None)
+    if _is_default(theirs):
+        return None
+    names = ("rollout_is", "rollout_rs", "bypass_mode")
+    return theirs if theirs is not None and any(theirs.get(n, None) for n in names) else None
+
+
+def _is_default(theirs: Any) -> bool:
+    """verl fills the place with a value of its class, at its defaults: that stands for nothing."""
+    return dataclasses.is_dataclass(theirs) and theirs == type(theirs)()  # type: ignore
+
+
+def _loss_type(theirs: Any) -> str:
+    found = theirs.get("loss_type", "ppo_clip")
+    if found not in ("ppo_clip", "reinforce"):
+        raise ValueError(
+            f"loss_type={found!r} of rollout_correction must be 'ppo_clip' or 'reinforce'"
+        )
+    return found
+
+
+def _check_rollout_settings(theirs: Any, finished: Tensor | None, options: dict[str, Any]) -> None:
+    if finished is not None:
+        raise ValueError(
+            "both algorithm.rollout_correction, whose weights are here, and "
+            "actor.policy_loss.rollout_correction would correct: take one of them out"
+        )
+    bypass = theirs.get("bypass_mode", False)
+    reinforce = bypass and _loss_type(theirs) == "reinforce"
+    weighs = theirs.get("rollout_is", None) and (reinforce or not bypass)
+    if weighs and theirs.get("rollout_is_batch_normalize", False):
+        raise ValueError(
+            "rollout_is_batch_normalize needs the mean weight of the whole batch, and the policy "
+            "loss sees a micro-batch: leave the correction to algorithm.rollout_correction, which "
+            "verl's driver computes, without bypass_mode"
+        )
+    if reinforce and options.get("surrogate") is not None:
+        raise ValueError(
+            f"surrogate={options['surrogate']!r} beside loss_type='reinforce', which is a token "
+            "loss: take one of them"
+        )
 
 
 def register(name: str, **options: Any) -> None:
@@ -269,7 +417,22 @@ def register(name: str, **options: Any) -> None:
             settings are then left out), or ``ratio_level="sequence"``.
     """
     checked(options)
+    _ours.add(name)
     register_policy_loss(name)(functools.partial(compute_policy_loss_delta_l, **options))
+
+
+def _scale(info: dict[str, Any], loss_agg_mode: str) -> float:
+    """P / (G M), of verl's ``global_batch_info``."""
+    constant = _max_length(loss_agg_mode, info.get("loss_scale_factor"))
+    for name in ("dp_size", "global_batch_size"):
+        if info.get(name) is None:
+            raise ValueError(
+                f"config.global_batch_info lacks {name!r}, without which the loss would depend on "
+                f"how the batch is cut; it holds {info}. verl's ppo_loss fills it in: pass "
+                "global_batch_size with the data"
+            )
+        check_number(info[name], name, f"{name} >= 1", lambda count: count >= 1)
+    return info["dp_size"] / (info["global_batch_size"] * constant)
 
 
 def _max_length(loss_agg_mode: str, loss_scale_factor: float | None) -> float:
@@ -305,3 +468,32 @@ def _check_actor(algorithm: Any) -> None:
         return
     if actor is not None:
         _max_length(actor.loss_agg_mode, actor.get("loss_scale_factor"))
+        _check_one_corrects(algorithm.get("rollout_correction"), actor)
+
+
+def _check_one_corrects(drivers: Any, actor: Any) -> None:
+    """Raises where the settings of verl's driver and of the actor do not go together."""
+    actors = _rollout_settings(actor)
+    bypass = {
+        "algorithm.rollout_correction": bool(drivers and drivers.get("bypass_mode", False)),
+        "actor.policy_loss.rollout_correction": bool(actors and actors.get("bypass_mode", False)),
+    }
+    first, second = bypass
+    if actors and bypass[first] != bypass[second]:
+        raise ValueError(
+            f"bypass_mode, by which old_log_probs are the rollout's, is {bypass[first]} in {first} "
+            f"and {bypass[second]} in {second}: it must be the same in both"
+        )
+    if not drivers:
+        return
+    asks = drivers.get("rollout_rs", None) or drivers.get("loss_type", None) == "reinforce"
+    if bypass[first] and not bypass[second] and asks and actor.policy_loss.loss_mode in _ours:
+        raise ValueError(
+            f"in bypass_mode verl's driver leaves rollout_rs and loss_type of {first} to the "
+            f"policy loss: add {second}='${{algorithm.rollout_correction}}' to the run"
+        )
+    if actors and not bypass[first] and any(map(drivers.get, ("rollout_is", "rollout_rs"))):
+        raise ValueError(
+            f"both {first} and {second} would correct: give rollout_is and rollout_rs in one of "
+            "them"
+        )
