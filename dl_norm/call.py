@@ -12,7 +12,7 @@ from .options import TokenLoss, token_loss_of
 from .rollout import NO_ROLLOUT
 
 # The arguments that are tensors.
-TENSORS = frozenset(inspect.signature(make_batch).parameters)
+TENSORS = tuple(inspect.signature(make_batch).parameters)
 
 
 def make_call(
@@ -26,8 +26,9 @@ def make_call(
     The reference's log-probs are left out where nothing reads them.
     """
     check_no_transform("policy_loss")
-    terms = token_loss_of(token_options(arguments))
-    tensors = {name: value for name, value in arguments.items() if name in TENSORS}
+    options = dict(arguments)
+    tensors = {name: options.pop(name) for name in TENSORS if name in options}
+    terms = token_loss_of(options)
     batch = make_batch(**tensors, dtypes=dtypes)
     _check_rollout(batch, terms)
     if terms.beta and batch.ref_log_probs is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -107,11 +108,7 @@ def _plain_clip(
     advantages = batch.advantages.float()
     coefficient = batch.per_token(_product(batch, -advantages, _policy_weights(batch)))
 
-    # Every clip is a clamp of the ratio, by the sign of A; the log-ratio clamp too. Its bound goes
-    # through the same exp as the ratios, so a tie is a tie.
-    bound = torch.full_like(advantages, terms.log_ratio_clamp)
-    low, high = Clip.bounds(advantages, *terms.settings)
-    low, high = torch.maximum(low, (-bound).exp_()), torch.minimum(high, bound.exp_())
+    low, high = _ratio_bounds(advantages, terms)
     if batch.old_log_probs is None:
         ratio = torch.ones_like(log_probs, dtype=torch.float32)
     else:
@@ -133,6 +130,29 @@ def _plain_clip(
         if write_grad:
             grad.add_(drop_((1.0 - exp_difference).mul_(kl_weight), ignored))
     return loss.sum(), grad
+
+
+def _ratio_bounds(advantages: Tensor, terms: TokenLoss) -> tuple[Tensor, Tensor]:
+    """Every clip is a clamp of the ratio, by the sign of A; the log-ratio clamp too."""
+    if not torch.compiler.is_compiling():
+        least, most = _exp_of_clamp(terms.log_ratio_clamp)
+        positive, low, high = terms.settings
+        negative = advantages < 0
+
+        def by_sign(positive: float, negative_: float) -> Tensor:
+            return torch.full_like(advantages, positive).masked_fill_(negative, negative_)
+
+        return by_sign(least, max(low, least)), by_sign(min(positive, most), min(high, most))
+    bound = torch.full_like(advantages, terms.log_ratio_clamp)
+    low, high = Clip.bounds(advantages, *terms.settings)
+    return torch.maximum(low, (-bound).exp_()), torch.minimum(high, bound.exp_())
+
+
+@functools.lru_cache
+def _exp_of_clamp(clamp: float) -> tuple[float, float]:
+    """Through the same exp as the ratios, so that a tie is a tie."""
+    low, high = torch.tensor([-clamp, clamp], dtype=torch.float32).exp().tolist()
+    return low, high
 
 
 def _any_surrogate(
