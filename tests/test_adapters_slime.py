@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from adapter_stand_ins import fake_miles, fake_slime, miles_samples, slime_args,
 from adapter_tools import (
     CLIP,
     LENGTHS,
+    THEIRS,
     Lenient,
     Rollout,
     calls,
@@ -31,6 +33,8 @@ from adapter_tools import (
 from torch import Tensor
 
 from dl_norm.integrations import miles, slime
+
+MIS = "train_infer_mismatch_helper.mis.compute_mis_weights_with_cp"
 
 
 @pytest.fixture
@@ -77,12 +81,31 @@ def test_advantages_refuse(rollout: Rollout, change: str) -> None:
 
 @pytest.mark.parametrize("trainer", [slime, miles])
 @pytest.mark.parametrize(
-    "change", ["calculate_per_token_loss", "use_kl_loss", "use_tis", "entropy_coef", "use_opsm"]
+    "change", ["calculate_per_token_loss", "use_kl_loss", "entropy_coef", "use_opsm"]
 )
 def test_loss_refuses(rollout: Rollout, trainer: Any, change: str) -> None:
     args, batch = slime_args(**{change: True}), slime_batch(rollout)
     with pytest.raises(ValueError, match=change.replace("_", "[-_]")):
         trainer.policy_loss(args, batch, batch["new_log_probs"], None)
+
+
+@pytest.mark.parametrize("trainer", [slime, miles])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"custom_tis_function_path": "mine.tis"}, "cannot read as settings"),
+        ({"custom_tis_function_path": "mine.mis.compute_mis_weights"}, "cannot read as settings"),
+        ({"custom_tis_function_path": MIS, "tis_batch_normalize": True}, "how the batch is cut"),
+        ({"use_rollout_logprobs": True}, "nothing to correct"),
+        ({}, "rollout_log_probs is missing"),
+    ],
+)
+def test_correction_refuses(
+    rollout: Rollout, trainer: Any, changes: dict[str, Any], words: str
+) -> None:
+    args = slime_args(use_tis=True, **{"tis_clip_low": 0.0, "tis_clip": 2.0, **changes})
+    with pytest.raises(ValueError, match=words):
+        trainer.policy_loss(args, one_sample(rollout, 1), one_sample(rollout, 1)["logits"], None)
 
 
 def test_needs_the_constant(rollout: Rollout) -> None:
@@ -118,6 +141,18 @@ def test_siblings_count_once(rollout: Rollout) -> None:
     assert together == pytest.approx([5 / 6 * reward for reward in apart])
 
 
+def one_sample(rollout: Rollout, row: int) -> dict[str, Any]:
+    """A micro-batch of one sample: its mean over samples is that over tokens."""
+    batch = slime_batch(rollout)
+    part = {name: values[row : row + 1] for name, values in batch.items()}
+    return part | {
+        "advantages": [torch.full_like(part["kl"][0], part["rewards"][0])],
+        "logits": part["new_log_probs"],
+        "unconcat_tokens": None,
+        "rollout_mask_sums": [mask.sum() for mask in part["loss_masks"]],
+    }
+
+
 # -- the trainers' own code
 
 
@@ -145,9 +180,8 @@ def step(loss_function: Any, data: dict[str, Any]) -> Tensor:
 MILES_LOSSES = "miles/miles/backends/training_utils/loss_hub/losses.py"
 
 
-@pytest.mark.parametrize("hook", ["reducer", "loss"])
-def test_slime(rollout: Rollout, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """slime's own advantage step, loss dispatch and scaling around the hooks."""
+def own_slime() -> Any:
+    """slime's advantage step and losses, alone; one rank of two."""
     mpu = SimpleNamespace(
         get_data_parallel_group=lambda: None,
         get_context_parallel_world_size=lambda: 1,
@@ -164,6 +198,8 @@ def test_slime(rollout: Rollout, hook: str, monkeypatch: pytest.MonkeyPatch) -> 
         f"{folder}/backends/megatron_utils/loss.py",
         "compute_advantages_and_returns",
         "get_rollout_top_p_logprob_kwargs",
+        "vanilla_tis_function",
+        "icepop_function",
         "policy_loss_function",
         "loss_function",
         **vars(cp_utils),
@@ -175,8 +211,16 @@ def test_slime(rollout: Rollout, hook: str, monkeypatch: pytest.MonkeyPatch) -> 
         get_log_probs_and_entropy=lambda *args, **kwargs: (None, log_probs_of(*args, **kwargs)),
         _maybe_capture_log_probs=lambda *args: None,
     )
+    module.mpu = mpu
+    return module
+
+
+@pytest.mark.parametrize("hook", ["reducer", "loss"])
+def test_slime(rollout: Rollout, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """slime's own advantage step, loss dispatch and scaling around the hooks."""
+    module = own_slime()
     check_hook(module.policy_loss_function, "slime")
-    fake(monkeypatch, "megatron.core", mpu=mpu)
+    fake(monkeypatch, "megatron.core", mpu=module.mpu)
     fake(
         monkeypatch,
         "slime.backends.megatron_utils.loss",
@@ -198,7 +242,7 @@ def test_slime(rollout: Rollout, hook: str, monkeypatch: pytest.MonkeyPatch) -> 
     module.compute_advantages_and_returns(args, data)
     total = step(lambda batch, logits: module.loss_function(args, batch, 2, 6, logits), data)
     # slime 0.3.1 has --eps-clip-c, but its own loss does not read it yet.
-    text = source(f"{folder}/backends/megatron_utils/loss.py").read_text()
+    text = source("slime/slime/backends/megatron_utils/loss.py").read_text()
     dual = hook == "loss" or "eps_clip_c=args.eps_clip_c" in text
     rollout.check(total, dual_clip=CLIP["dual_clip"] if dual else None)
 
@@ -217,10 +261,15 @@ def test_slime_calls_the_advantage_function_as_recorded() -> None:
     assert [ast.unparse(argument) for argument in call.args] == ["args", "rollout_data"]
 
 
-@pytest.mark.parametrize("hook", ["reducer", "loss"])
-@pytest.mark.parametrize("backend", ["Megatron", "FSDP"])
-def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Miles' own reward normalisation, advantages, loss dispatch and scaling around the hooks."""
+def load_function() -> Any:
+    """Miles' own, which finds a function by its path."""
+    return lift(
+        "miles/miles/utils/misc.py", "load_function", importlib=importlib, function_registry={}
+    ).load_function
+
+
+def own_miles() -> tuple[Any, Any]:
+    """Miles' losses and its advantage step and dispatch, alone; one rank of two."""
     folder = "miles/miles/backends/training_utils"
     size = SimpleNamespace(size=2, group=None)
     state = SimpleNamespace(
@@ -242,14 +291,13 @@ def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.Mo
         "_LOG_RATIO_EXP_CLAMP",
         "_safe_clamp_log_ratio",
         "_safe_exp_neg_ppo_kl",
+        "compute_approx_kl",
         "compute_policy_loss",
         "get_grpo_returns",
         **common,
         **vars(cp_utils),
     )
-    load = lift(
-        "miles/miles/utils/misc.py", "load_function", importlib=importlib, function_registry={}
-    ).load_function
+    corrections = lift(f"{folder}/loss_hub/corrections.py", "vanilla_tis_function")
     losses = lift(
         MILES_LOSSES,
         "policy_loss_function",
@@ -257,12 +305,12 @@ def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.Mo
         **common,
         **vars(cp_utils),
         **vars(math_utils),
-        load_function=load,
+        load_function=load_function(),
+        vanilla_tis_function=corrections.vanilla_tis_function,
         get_log_probs_and_entropy=log_probs_of,
     )
-    check_hook(losses.policy_loss_function, "slime")
     advantages = lift(f"{folder}/loss_hub/advantages.py", "compute_advantages", **vars(math_utils))
-    module = lift(
+    return losses, lift(
         f"{folder}/loss.py",
         "_detach_rollout_tensor_list",
         "compute_advantages_and_returns",
@@ -273,6 +321,14 @@ def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.Mo
         **vars(advantages),
         is_multi_lora_enabled=lambda args: False,
     )
+
+
+@pytest.mark.parametrize("hook", ["reducer", "loss"])
+@pytest.mark.parametrize("backend", ["Megatron", "FSDP"])
+def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Miles' own reward normalisation, advantages, loss dispatch and scaling around the hooks."""
+    losses, module = own_miles()
+    check_hook(losses.policy_loss_function, "slime")
     conversion = lift(
         "miles/miles/ray/rollout/train_data_conversion.py",
         "_reward_group_segments",
@@ -304,7 +360,7 @@ def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.Mo
     assert raw != normalised
     rollout = replace(rollout, advantages=torch.tensor(normalised))
     data = slime_batch(rollout)
-    reward_hook = load(f"{path}.rewards")
+    reward_hook = load_function()(f"{path}.rewards")
     check_hook(reward_hook, "miles rewards")
     _, data["rewards"] = conversion._post_process_rewards(args, samples, reward_hook)
     del data["kl"]
@@ -313,3 +369,123 @@ def test_miles(rollout: Rollout, hook: str, backend: str, monkeypatch: pytest.Mo
     total = step(lambda batch, logits: module.loss_function(args, batch, 2, logits, *scaling), data)
     # Miles' FSDP backend adds micro-batches up, Megatron averages them.
     rollout.check(total if backend == "Megatron" else 2 * total)
+
+
+# -- rollout correction
+
+
+TIS = {"tis_clip_low": 0.85, "tis_clip": 1.1}
+MIS_SETTINGS = {
+    "custom_tis_function_path": MIS, "use_rs": False, "tis_mode": "truncate", "tis_level": "token",
+    "tis_upper_bound": 1.1,
+}  # fmt: skip
+CORRECTIONS: dict[str, dict[str, Any]] = {
+    "TIS": TIS,
+    "IcePop": TIS | {"custom_tis_function_path": "icepop_function"},
+    "MIS, sequence": MIS_SETTINGS | {"tis_level": "sequence", "tis_mode": "clip"},
+    "MIS, masked tokens": MIS_SETTINGS | {"tis_mode": "mask", "tis_lower_bound": 0.9},
+    "MIS, geometric decides": MIS_SETTINGS
+    | {"use_rs": True, "rs_level": "geometric", "rs_lower_bound": 0.95, "rs_upper_bound": 1.2},
+    "MIS, sequence decides, veto": MIS_SETTINGS
+    | {"use_rs": True, "rs_level": "sequence", "rs_veto_threshold": 0.7, "tis_lower_bound": 0.5},
+    "MIS, bounds by default": MIS_SETTINGS | {"use_rs": True, "rs_level": "token"},
+}
+ICEPOP = {
+    "slime": "slime.backends.megatron_utils.loss.icepop_function",
+    "miles": "miles.backends.training_utils.loss_hub.corrections.icepop_function",
+}
+EXAMPLES = {
+    "slime": "slime/examples/train_infer_mismatch_helper/mis.py",
+    "miles": "miles/examples/infra_features/train_infer_mismatch_helper/mis.py",
+}
+CP_UTILS = {
+    "slime": "slime.backends.megatron_utils.cp_utils",
+    "miles": "miles.backends.training_utils.cp_utils",
+}
+
+
+def own_losses(trainer: str, patch: pytest.MonkeyPatch) -> Any:
+    """The trainer's policy loss, where its own corrections are found by their paths."""
+    whole = {"all_gather_with_cp": lambda x, *_: x, "slice_log_prob_with_cp": lambda x, *_: x}
+    fake(patch, CP_UTILS[trainer], **whole)  # of one context-parallel rank
+    spec = importlib.util.spec_from_file_location("mis", source(EXAMPLES[trainer]))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fake(patch, "train_infer_mismatch_helper.mis", **vars(module))
+    module, _, function = ICEPOP[trainer].rpartition(".")
+    path = f"{module.replace('.', '/')}.py"
+    fake(
+        patch, module, **{function: getattr(lift(f"{trainer}/{path}", function, Any=Any), function)}
+    )
+    if trainer == "slime":
+        own = own_slime()
+        patch.setattr(
+            sys.modules["slime.backends.megatron_utils.loss"], "get_log_probs_and_entropy",
+            own.policy_loss_function.__globals__["get_log_probs_and_entropy"],
+        )  # fmt: skip
+        return own
+    name = "miles.backends.training_utils.loss_hub.logit_processors"
+    fake(patch, name, get_log_probs_and_entropy=log_probs_of)
+    return own_miles()[0]
+
+
+@pytest.mark.parametrize("trainer", [slime, miles])
+@pytest.mark.parametrize("recomputed", [True, False], ids=["old", "no old"])
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_correction(
+    rollout: Rollout, trainer: Any, kind: str, recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the kernel, against the trainer's own loss with its own function: value, gradient and
+    metrics."""
+    name = trainer.__name__.rpartition(".")[2]
+    own = own_losses(name, monkeypatch)
+    settings = dict(CORRECTIONS[kind])
+    if kind == "IcePop":
+        settings["custom_tis_function_path"] = ICEPOP[name]
+    args = Lenient(
+        **vars(slime_args()), **settings, use_tis=True, entropy_coef=0, rollout_top_p=1.0,
+        qkv_format="thd", skip_actor_forward_only=not recomputed,
+        custom_pg_loss_reducer_function_path=f"{trainer.__name__}.pg_loss_reducer",
+    )  # fmt: skip
+    random = torch.Generator().manual_seed(8)
+    gap = torch.tensor([0.0, 0.15, 0.0, -0.3, 0.01, 0.02])[:, None]
+    noise = 0.25 * torch.randn(rollout.old.shape, generator=random)
+    near = (rollout.old if recomputed else rollout.log_probs.detach()) + gap + noise
+    mean = own.policy_loss_function.__globals__["get_sum_of_sample_mean"]
+    names = ["total_lengths", "response_lengths", "loss_masks"]
+    names += ["rollout_mask_sums"] * (name == "slime")
+    losses, changed = [], 0
+    for row in range(len(rollout)):
+        batch = one_sample(rollout, row)
+        batch["rollout_log_probs"] = rollout.cut(near)[row : row + 1]
+        if not recomputed:
+            del batch["log_probs"]
+        means = mean(*(batch[name] for name in names))
+        logits = torch.cat(batch["logits"])
+        theirs, reported = own.policy_loss_function(args, batch, logits, means)
+        loss, metrics = trainer.policy_loss(args, batch, logits, means)
+        plain, _ = trainer.policy_loss(
+            Lenient(**{**vars(args), "use_tis": False}), batch, logits, means
+        )
+        changed += (plain - loss).abs().item() > 1e-3
+        losses.append((loss, theirs))
+        known = {n: reported[n] for n in metrics if n in reported and batch["response_lengths"][0]}
+        if batch["response_lengths"][0]:
+            assert {"loss", "pg_clipfrac", "ppo_kl", "ois"} <= set(known)
+            own_names = {"mis_kl", "mis_k3_kl"} if kind.startswith("MIS") else TIS_METRICS
+            assert own_names <= set(known)
+        if args.use_rs or args.tis_mode == "mask":  # of what is left, there; of all tokens, here
+            for metric in ("ppo_kl", "pg_clipfrac", "train_rollout_logprob_abs_diff"):
+                known.pop(metric, None)
+        for metric, value in known.items():
+            torch.testing.assert_close(metrics[metric], value.float(), **THEIRS, msg=metric)
+    assert changed > 2
+    ours, theirs = (torch.stack(values).sum() for values in zip(*losses, strict=True))
+    torch.testing.assert_close(ours, theirs, **THEIRS)
+    expected, gradient = (
+        torch.autograd.grad(loss, rollout.log_probs)[0] for loss in (theirs, ours)
+    )
+    torch.testing.assert_close(gradient, expected, **THEIRS)
+
+
+TIS_METRICS = {"tis", "tis_clipfrac", "tis_abs", "train_rollout_logprob_abs_diff"}

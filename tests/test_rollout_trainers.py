@@ -397,8 +397,12 @@ def slime_loss(function: str, data: Data, **args):
 def test_slime(function):
     data = Data()
     mode = "truncate" if function == "vanilla_tis_function" else "mask"
-    loss = slime_loss(function, data, tis_clip_low=0.85, tis_clip=1.2)
-    data.check(loss, RolloutCorrection(mode=mode, low=0.85, high=1.2))
+    args = {"tis_clip_low": 0.85, "tis_clip": 1.2}
+    loss = slime_loss(function, data, **args)
+    path = f"slime.backends.megatron_utils.loss.{function}"
+    correction = settings_of.slime({**args, "use_tis": True, "custom_tis_function_path": path})
+    assert correction == RolloutCorrection(mode=mode, low=0.85, high=1.2)
+    data.check(loss, correction)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +443,8 @@ def test_slime_mis(args, correction):
     ratio = (data.log_probs - data.old).exp()
     advantages = data.advantages[:, None]
     terms = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    given.custom_tis_function_path = "train_infer_mismatch_helper.mis.compute_mis_weights"
+    assert settings_of.slime(given) == correction
     data.check((terms * torch.stack(weights) * torch.stack(masks)).sum(), correction)
 
 

@@ -7,6 +7,7 @@ them has no counterpart, and raises for it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,74 @@ def skyrl(config: Any) -> RolloutCorrection:
         ]
         rejects.append(Reject("k1", over, *_pair(config, bounds)))
     return RolloutCorrection(level or "none", high=high, reject=tuple(rejects))
+
+
+def slime(args: Any) -> RolloutCorrection | None:
+    """Of slime's and Miles' arguments: ``use_tis`` with ``tis_clip_low`` and ``tis_clip``, and by
+    ``custom_tis_function_path`` their IcePop, or their example ``train_infer_mismatch_helper``
+    (MIS) with its ``tis_*`` and ``rs_*``.
+
+    None where ``use_tis`` is off.
+
+    Raises:
+        ValueError: a function of one's own, ``tis_batch_normalize``, ``use_rollout_logprobs``.
+    """
+    if not _get(args, "use_tis", False):
+        return None
+    if _get(args, "use_rollout_logprobs", False):
+        raise ValueError(
+            "use_rollout_logprobs takes the rollout for the old policy, so use_tis has nothing to "
+            "correct: leave one of them out"
+        )
+    path = _get(args, "custom_tis_function_path", None)
+    if path is None or path in _SLIME_TIS:
+        mode = "truncate" if path is None else _SLIME_TIS[path]
+        bounds = _bounds(_get(args, "tis_clip_low", None), _get(args, "tis_clip", None))
+        return RolloutCorrection("token", mode, *bounds)
+    if not re.search(r"(^|\.)train_infer_mismatch_helper\.mis\.compute_mis_weights\w*$", path):
+        raise ValueError(
+            f"custom_tis_function_path={path!r} is a function that dl_norm cannot read as settings;"
+            f" it knows {', '.join(_SLIME_TIS)} and train_infer_mismatch_helper.mis. Use the "
+            "reducer, which keeps the trainer's own loss"
+        )
+    return _slime_mis(args)
+
+
+_SLIME_TIS = {
+    f"{module}.{function}": mode
+    for module in (
+        "slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss_hub.corrections"
+    )
+    for function, mode in {"vanilla_tis_function": "truncate", "icepop_function": "mask"}.items()
+}  # fmt: skip
+
+
+def _slime_mis(args: Any) -> RolloutCorrection:
+    if _get(args, "tis_batch_normalize", False):
+        raise ValueError(
+            "tis_batch_normalize divides by the mean weight of a micro-batch, so the gradient would"
+            " depend on how the batch is cut: set tis_batch_normalize: false"
+        )
+    kind = _get(args, "tis_mode", "truncate")
+    upper = _get(args, "tis_upper_bound", None)
+    if upper is None:
+        raise ValueError("train_infer_mismatch_helper needs tis_upper_bound: set it")
+    lower = _get(args, "tis_lower_bound", None)
+    lower = 1.0 / upper if lower is None else lower
+    mode = {"truncate": "truncate", "clip": "truncate", "mask": "mask"}[kind]
+    reject, veto = (), None
+    if _get(args, "use_rs", False):
+        over = {"token": "token", "sequence": "sum", "geometric": "mean"}[
+            _get(args, "rs_level", "token")
+        ]
+        low, high = _get(args, "rs_lower_bound", None), _get(args, "rs_upper_bound", None)
+        low, high = lower if low is None else low, upper if high is None else high
+        reject = Reject("k1", over, low, high)
+        veto = _get(args, "rs_veto_threshold", None)
+    return RolloutCorrection(
+        _get(args, "tis_level", "token"), mode, 0.0 if kind == "truncate" else lower, upper,
+        reject=reject, veto=veto or 0.0,
+    )  # fmt: skip
 
 
 def nemo_rl(config: Any) -> RolloutCorrection | None:

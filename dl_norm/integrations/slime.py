@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 import dl_norm
+from dl_norm.metrics import PolicyLossMetrics
 
+from . import rollout as settings_of
 from .shared import adapter_loss, clip_fraction, needed, offsets, refuse, required, row_factors
 
 _NEEDS = "slime with its Megatron backend, from its repository"
-_OWN_LOSS_ONLY = ("use_kl_loss", "entropy_coef", "use_tis", "get_mismatch_metrics", "use_opsm")
+_OWN_LOSS_ONLY = ("use_kl_loss", "entropy_coef", "get_mismatch_metrics", "use_opsm")
 
 
 def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
@@ -97,7 +99,8 @@ def policy_loss(
 
     The packed (N,) response tokens go to :func:`dl_norm.policy_loss` with cu_seqlens, without a
     loop over samples. ``sum_of_sample_mean`` is not used. ``args.delta_l_options``, a mapping in
-    the custom configuration, has options of :func:`dl_norm.policy_loss`.
+    the custom configuration, has options of :func:`dl_norm.policy_loss`. With ``--use-tis`` the
+    kernel weights the tokens (:func:`dl_norm.integrations.rollout.slime`).
 
     Returns:
         (loss, metrics), metrics 0-dim tensors under slime's names. slime divides metrics by the
@@ -152,6 +155,7 @@ def check_loss_args(trainer: str, args: Any) -> None:
         {name: getattr(args, name, False) for name in _OWN_LOSS_ONLY},
         f"use the reducer, dl_norm.integrations.{trainer.lower()}.pg_loss_reducer",
     )
+    settings_of.slime(args)
     if getattr(args, "advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(f"{trainer}'s gspo and cispo need its own loss: use the reducer")
     _check_reduction(args.calculate_per_token_loss)
@@ -182,31 +186,71 @@ def packed_loss(
     lengths, new = batch["response_lengths"], torch.cat(log_probs)
     if new.shape[0] != sum(lengths):
         raise ValueError("tokens are cut over context-parallel ranks: use the reducer instead")
+    rollout = batch.get("rollout_log_probs")
     if args.use_rollout_logprobs:
-        old = batch["rollout_log_probs"]
+        old = rollout
     else:
         old = None if getattr(args, "skip_actor_forward_only", False) else batch.get("log_probs")
+    correction = settings_of.slime(args)
+    if correction is not None:
+        required(rollout or None, "rollout_log_probs", "--use-tis needs them in the batch")
+    old, rollout = (torch.cat(stream) if stream else None for stream in (old, rollout))
+    mask = torch.cat(batch["loss_masks"])
     loss, seen = adapter_loss(
         new,
-        torch.cat(old) if old else None,
+        old,
         torch.cat(required(batch.get("advantages"), "advantages", "they are computed before")),
-        torch.cat(batch["loss_masks"]),
+        mask,
         cu_seqlens=offsets(lengths, new.device),
         clip={
             "eps_low": args.eps_clip,
             "eps_high": args.eps_clip_high,
             "dual_clip": getattr(args, "eps_clip_c", None),
         },
+        rollout_log_probs=None if correction is None else rollout,
+        rollout_correction=correction,
         **(getattr(args, "delta_l_options", None) or {}),
     )
     if new.numel() == 0:
         loss = loss + 0 * logits.sum()  # every rank runs backward
-    samples = len(lengths)
+    tokens, samples = seen.tokens.clamp(min=1), len(lengths)
+    means = {"pg_clipfrac": clip_fraction(seen), "ppo_kl": seen.kl_old_k1 / tokens}
+    if rollout is not None:
+        # slime's comparison: of the current policy where the rollout is the old one.
+        ahead = new.detach() if old is None or args.use_rollout_logprobs else old
+        gap = torch.where(mask != 0, ahead - rollout, 0.0).nan_to_num(0.0)
+        means["train_rollout_logprob_abs_diff"] = gap.abs().sum() / tokens
+        if correction is not None:
+            means["tis_abs"] = gap.expm1().abs().sum() / tokens
+            means |= _correction_means(seen)
+            if "mis" in (getattr(args, "custom_tis_function_path", None) or "").split("."):
+                means |= _mis_means(seen)
     return loss, {
         "loss": loss.detach(),
         "pg_loss": loss.detach(),
-        "pg_clipfrac": clip_fraction(seen) * samples,
-        "ppo_kl": seen.kl_old_k1 / seen.tokens.clamp(min=1) * samples,
+        **{name: mean * samples for name, mean in means.items()},
+    }
+
+
+def _correction_means(seen: PolicyLossMetrics) -> dict[str, Tensor]:
+    """Means over tokens, of the sums of k1 = -d and k3 = exp(d) - 1 - d."""
+    rollout, tokens = seen.rollout, seen.tokens.clamp(min=1)
+    assert rollout is not None
+    return {
+        "ois": seen.ratio / tokens,
+        "tis": (seen.tokens + rollout.k3 - rollout.k1) / tokens,
+        "tis_clipfrac": (rollout.truncated + rollout.masked) / tokens,
+    }
+
+
+def _mis_means(seen: PolicyLossMetrics) -> dict[str, Tensor]:
+    """What of slime's MIS metrics the kernel has collected."""
+    rollout, tokens = seen.rollout, seen.tokens.clamp(min=1)
+    assert rollout is not None
+    return {
+        "mis_kl": rollout.k1 / tokens,
+        "mis_k3_kl": rollout.k3 / tokens,
+        "mis_rs_catastrophic_seq_fraction": rollout.vetoed / tokens,
     }
 
 
