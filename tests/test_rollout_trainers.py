@@ -533,6 +533,18 @@ def nemo_config(folder: str) -> Any:
 # -- ROLL
 
 
+def roll_module() -> Any:
+    functionals = lift(
+        "ROLL/roll/utils/functionals.py", "masked_mean", "masked_sum", "agg_loss", Optional=Optional
+    )
+    segments = lift("ROLL/roll/pipeline/agentic/utils.py", "compute_segment_masked_mean")
+    return lift(
+        "ROLL/roll/utils/train_infer_corrections.py", "_compute_all_granularity",
+        "_infer_global_valid_samples_from_mask", "_infer_global_valid_tokens_from_mask",
+        "compute_train_infer_correction", **vars(functionals), **vars(segments), Dict=dict,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("weight", "filters", "correction"),
     [
@@ -552,15 +564,7 @@ def nemo_config(folder: str) -> Any:
     ],
 )  # fmt: skip
 def test_roll(weight, filters, correction):
-    functionals = lift(
-        "ROLL/roll/utils/functionals.py", "masked_mean", "masked_sum", "agg_loss", Optional=Optional
-    )
-    module = lift(
-        "ROLL/roll/utils/train_infer_corrections.py", "_compute_all_granularity",
-        "_infer_global_valid_samples_from_mask", "_infer_global_valid_tokens_from_mask",
-        "compute_train_infer_correction", **vars(functionals),
-        compute_segment_masked_mean=lambda values, mask: values * mask, Dict=dict,
-    )  # fmt: skip
+    module = roll_module()
     data = Data()
     level, high = weight or ("token", None)
     config = SimpleNamespace(
@@ -575,6 +579,7 @@ def test_roll(weight, filters, correction):
             for agg, low, high in filters
         ],
     )  # fmt: skip
+    assert settings_of.roll(config) == correction
     weights, keep, _ = module.compute_train_infer_correction(
         config, data.mask.long(), data.old, data.rollout
     )

@@ -193,6 +193,39 @@ def nemo_rl(config: Any) -> RolloutCorrection | None:
     return RolloutCorrection(level, {"tis": "truncate", "icepop": "mask"}[kind], low, high)
 
 
+def roll(config: Any) -> RolloutCorrection | None:
+    """Of ROLL's ``train_infer_correction``: ``is_weight`` and ``filters``.
+
+    None where all of it is off. ``detach`` changes nothing: what ROLL makes the weight of has no
+    gradient.
+
+    Raises:
+        ValueError: level "segment", ``diff_enabled`` (differences of probabilities).
+    """
+    weight, level, high = config.is_weight, "none", None
+    if weight.enabled:
+        level, high = weight.weight_type, weight.upper_bound
+    rejects = [_roll_reject(rule) for rule in _get(config, "filters", ()) if rule.enabled]
+    rejects = tuple(reject for reject in rejects if reject is not None)
+    if level == "segment":
+        raise ValueError("ROLL's is_weight.weight_type='segment' has no counterpart")
+    if level == "none" and not rejects:
+        return None
+    return RolloutCorrection(level, "truncate", *_bounds(None, high), reject=rejects)
+
+
+def _roll_reject(rule: Any) -> Reject | None:
+    over = {"token": "token", "geometric": "mean", "sequence": "sum"}.get(rule.agg_type)
+    if over is None or rule.diff_enabled:
+        raise ValueError(
+            f"ROLL's filter with agg_type={rule.agg_type!r} and diff_enabled={rule.diff_enabled} "
+            "has no counterpart: ratios of token, geometric and sequence have"
+        )
+    if not rule.ratio_enabled or (rule.ratio_low <= 0 and rule.ratio_high == math.inf):
+        return None
+    return Reject("k1", over, max(rule.ratio_low, 0.0), rule.ratio_high)
+
+
 def _get(config: Any, name: str, default: Any) -> Any:
     if isinstance(config, Mapping):
         return config.get(name, default)
