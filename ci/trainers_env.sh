@@ -10,6 +10,8 @@
 #       alibaba/ROLL NVIDIA/Megatron-LM allenai/open-instruct; do
 #       git clone --depth 1 "https://github.com/$repository"
 #   done
+#   git -C prime-rl fetch --depth 1 origin feat/sampling-replay  # the kept sets, at d09488d5
+#   git -C prime-rl worktree add ../prime-rl-replay FETCH_HEAD
 #   TRAINER_SOURCES=<that folder> python -m pytest tests/test_adapters*.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

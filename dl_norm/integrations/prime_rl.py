@@ -25,7 +25,11 @@ from torch import Tensor
 from dl_norm.metrics import PolicyLossMetrics
 from dl_norm.surrogates import DppoTV, Drift, Ipo
 
-from .shared import adapter_loss, checked, needed, offsets, setting, token_mean_factors
+from .kept import log_probs as kept_log_probs
+from .kept import padded_sets
+from .shared import adapter_loss, checked, needed, offsets, required, setting, token_mean_factors
+
+_NEEDS = "prime-rl, from its repository"
 
 
 def own_loss(config: Any) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def delta_l_loss(inputs: Any, *, own: Any = None, **options: Any) -> Any:
     Returns:
         prime-rl's ``LossOutputs``; metrics are 0-dim tensors under the names of its default loss.
     """
-    outputs = needed("prime_rl.trainer.rl.loss", "prime-rl, from its repository").LossOutputs
+    outputs = needed("prime_rl.trainer.rl.loss", _NEEDS).LossOutputs
     names = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
     weights = inputs.loss_weights
     loss, metrics = _loss(
@@ -172,6 +176,39 @@ def weight_samples(samples: list[Any], *, alpha: float = 1.0, max_length: int) -
                 raise ValueError(f"a sample has {length} rl tokens but no advantages to weight")
             continue
         sample.advantages = [factor * advantage for advantage in sample.advantages]
+
+
+def replay_kept_sets(head: type, **options: Any) -> None:
+    """Make prime-rl's head compute a token that was drawn from a kept set over that set alone.
+
+    For prime-rl with sampling replay, whose ``FusedOutputLinear`` makes all logits and masks them.
+    Log-probs and their gradients are the same, by a gathered product
+    (:func:`dl_norm.integrations.kept.log_probs`); the entropy, which prime-rl logs, is that of the
+    softmax over the set there. Tokens without a set, those of the prompt too, go through the whole
+    head; on a GPU counting them is one host sync.
+
+    Args:
+        head: ``prime_rl.trainer.models.layers.lm_head.FusedOutputLinear``.
+        **options: of :func:`dl_norm.integrations.kept.log_probs`: compact, impl, ... With
+            ``temperature``, that of all tokens, prime-rl's, one a token, are not read; by these
+            the hidden states are divided, which rounds them where they are in half precision.
+    """
+    whole_head = head.forward
+    outputs = needed("prime_rl.trainer.models.layers.lm_head", _NEEDS).PrimeLmOutput
+
+    def forward(self, hidden_states, labels=None, temperature=None, kept_tokens=None):
+        if kept_tokens is None:
+            return whole_head(self, hidden_states, labels, temperature=temperature)
+        labels = required(labels, "labels", "prime-rl's forward hands them to the head")
+        if "temperature" not in options:
+            each = required(temperature, "temperature", "prime-rl's forward hands it to the head")
+            hidden_states = (hidden_states / each[..., None]).to(hidden_states.dtype)
+        log_probs, entropy = kept_log_probs(
+            hidden_states, self.weight, labels, *padded_sets(kept_tokens, labels), **options
+        )
+        return outputs(logprobs=log_probs, entropy=entropy)
+
+    head.forward = forward
 
 
 def _rl_tokens(sample: Any) -> int:

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor
 
 import dl_norm
+from dl_norm import KeptSets
 from dl_norm.metrics import PolicyLossMetrics
 
 from . import rollout as settings_of
+from .kept import listed_sets
 from .shared import adapter_loss, clip_fraction, needed, offsets, refuse, required, row_factors
 
 _NEEDS = "slime with its Megatron backend, from its repository"
@@ -123,6 +125,27 @@ def policy_loss(
         **module.get_rollout_top_p_logprob_kwargs(args, batch),
     )
     return packed_loss(args, batch, logits, streams["log_probs"])
+
+
+def kept_sets(batch: dict[str, Any], device: torch.device) -> tuple[KeptSets, Tensor | None]:
+    """slime's top-p sets of a micro-batch as those of its packed response tokens.
+
+    slime's hook gets logits, so :func:`policy_loss` leaves the masking of these to slime. Who has
+    hidden states hands the sets to :func:`dl_norm.integrations.kept.log_probs` or to
+    :func:`dl_norm.linear_policy_loss`. slime keeps a token that is outside its set, which here is a
+    ValueError, or NaN on a GPU; one behind the recorded sets is over the whole vocabulary.
+
+    Args:
+        batch: ``rollout_top_p_token_ids``, ``rollout_top_p_token_offsets``, ``response_lengths``.
+
+    Returns:
+        The sets and which tokens have one: :func:`dl_norm.integrations.kept.listed_sets`.
+    """
+    ids, offsets_of = (
+        required(batch.get(f"rollout_top_p_token_{name}"), name, "--rollout-top-p below 1 sends it")
+        for name in ("ids", "offsets")
+    )
+    return listed_sets(ids, offsets_of, batch["response_lengths"], device)
 
 
 # -- for slime and Miles
