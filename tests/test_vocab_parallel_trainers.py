@@ -1,13 +1,16 @@
 """A vocabulary over two gloo processes, against the functions that trainers have for it.
 
 Log-probs, entropy, sum p^2 and the gradient at the local logits, from the trainers' own source.
-SkyRL's functions are NeMo-RL's, which are NeMo-Aligner's. Megatron-Core's cross-entropy, under
-verl's log-probs, has no wheel for a CPU.
+SkyRL's functions are an older form of NeMo-RL's, which are NeMo-Aligner's. Megatron-Core is
+imported from its clone. slime's and NeMo-RL's functions run a second time after the adapters'
+`use_kernels`.
 """
 
+import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Optional
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)
 sys.path.append(str(Path(__file__).parent))
 
-from adapter_tools import ROOT, lift
+from adapter_tools import ROOT, fake, lift
 
 RANKS, TOKENS, VOCABULARY = 2, 6, 24
 SOURCES = {
@@ -27,9 +30,17 @@ SOURCES = {
     "SkyRL": ".venv-trainers/skyrl/backends/skyrl_train/distributed/megatron/model_utils.py",
     "verl": ".venv-verl/lib/python3*/site-packages/verl/utils/megatron/tensor_parallel.py",
 }
+CLONES = {
+    "slime": "slime/slime/utils/ppo_utils.py",
+    "NeMo-RL": "RL/nemo_rl/distributed/model_utils.py",
+    "Megatron-Core": "Megatron-LM/megatron/core/tensor_parallel/cross_entropy.py",
+}
 
 
 def source_of(trainer):
+    if trainer in CLONES:
+        path = Path(os.environ.get("TRAINER_SOURCES", "/nowhere"), CLONES[trainer])
+        return str(path) if path.exists() else None
     found = sorted(ROOT.glob(SOURCES[trainer]))
     return str(found[0]) if found else None
 
@@ -78,7 +89,97 @@ def verl(logits, ids, rank, group):
     return {"entropy": functions.vocab_parallel_entropy(logits), "sum_sq_probs": squares}
 
 
-THEIRS = {"AReaL": areal, "SkyRL": skyrl, "verl": verl}
+def megatron(logits, ids, rank, group):
+    sys.path.append(str(Path(source_of("Megatron-Core")).parents[3]))
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    losses = vocab_parallel_cross_entropy(
+        logits.transpose(0, 1), ids.T.contiguous(), tp_group=group
+    )
+    return {"log_probs": -losses.T}
+
+
+def slime(logits, ids, rank, group, change=lambda module: None):
+    names = (
+        "_maybe_all_reduce", "_get_vocab_parallel_rank_size", "_VocabParallelLogProbEntropy",
+        "_calculate_log_probs_and_entropy_chunk", "calculate_log_probs_and_entropy",
+    )  # fmt: skip
+    module = lift(source_of("slime"), *names, dist=dist)
+    change(module)
+    log_probs, entropy = module.calculate_log_probs_and_entropy(
+        logits[0], ids[0], group, with_entropy=True, with_entropy_grad=True, chunk_size=4
+    )
+    return {"log_probs": log_probs.T, "entropy": entropy[None]}
+
+
+def slime_with_kernels(*arguments):
+    import pytest
+
+    from dl_norm.integrations import slime as adapter
+
+    def change(module):
+        with pytest.MonkeyPatch.context() as patch:
+            name = "slime.backends.megatron_utils.loss"
+            fake(patch, name, **vars(module))
+            before = sys.modules[name].calculate_log_probs_and_entropy
+            adapter.use_kernels(SimpleNamespace())
+            module.calculate_log_probs_and_entropy = after = sys.modules[
+                name
+            ].calculate_log_probs_and_entropy
+            assert after is not before
+
+    return slime(*arguments, change=change)
+
+
+def nemo_rl(logits, ids, rank, group, change=lambda module: None, chunk_size=None):
+    """Its DTensor policy's; of a next token, so there is a position more."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    module = ModuleType("model_utils")
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
+    names = (
+        "_compute_distributed_log_softmax_with_grad", "_compute_distributed_log_softmax",
+        "DistributedLogprob", "ChunkedDistributedLogprob",
+        "dtensor_from_parallel_logits_to_logprobs", "get_logprobs_from_vocab_parallel_logits",
+    )  # fmt: skip
+    space = vars(module)
+    space |= vars(lift(
+        source_of("NeMo-RL"), *names, Any=object, Optional=Optional, DTensor=DTensor,
+        need_top_k_or_top_p_filtering=lambda params: False,
+    ))  # fmt: skip
+    of_functions = module.dtensor_from_parallel_logits_to_logprobs.__globals__
+    change(module)
+    of_functions |= {name: space[name] for name in names[2:4]}
+    logits = torch.nn.functional.pad(logits, (0, 0, 0, 1))
+    spread = DTensor.from_local(logits, mesh, [Shard(2)])
+    log_probs = module.get_logprobs_from_vocab_parallel_logits(
+        spread, torch.nn.functional.pad(ids, (1, 0)), chunk_size=chunk_size
+    )
+    return {"log_probs": log_probs}
+
+
+def nemo_rl_with_kernels(*arguments):
+    from dl_norm.integrations import nemo_rl as adapter
+
+    return nemo_rl(*arguments, change=adapter.use_kernels)
+
+
+def nemo_rl_chunked(*arguments):
+    return nemo_rl(*arguments, chunk_size=4)
+
+
+def nemo_rl_chunked_with_kernels(*arguments):
+    from dl_norm.integrations import nemo_rl as adapter
+
+    return nemo_rl(*arguments, change=adapter.use_kernels, chunk_size=4)
+
+
+THEIRS = {
+    "AReaL": areal, "SkyRL": skyrl, "verl": verl, "Megatron-Core": megatron, "slime": slime,
+    "slime, our kernels": slime_with_kernels, "NeMo-RL": nemo_rl,
+    "NeMo-RL, our kernels": nemo_rl_with_kernels, "NeMo-RL, chunked": nemo_rl_chunked,
+    "NeMo-RL, chunked, our kernels": nemo_rl_chunked_with_kernels,
+}  # fmt: skip
 
 
 def worker(_, rank, folder):
@@ -89,7 +190,7 @@ def worker(_, rank, folder):
     mine = batch["logits"].chunk(RANKS, -1)[rank].clone()
     results = {}
     for name, function in THEIRS.items():
-        if source_of(name) is None:
+        if source_of(name.split(",")[0]) is None:
             continue
         leaf = mine.clone().requires_grad_()
         found = function(leaf * 1, batch["token_ids"], rank, dist.group.WORLD)
@@ -119,8 +220,8 @@ def worker(_, rank, folder):
 
 @pytest.mark.parametrize("trainer", THEIRS)
 def test_as_the_trainers_functions(trainer, run_ranks):
-    if source_of(trainer) is None:
-        pytest.skip(f"{trainer} is not there: bash ci/trainers_env.sh, bash ci/verl_env.sh")
+    if source_of(trainer.split(",")[0]) is None:
+        pytest.skip(f"{trainer} is not there: see ci/trainers_env.sh and ci/verl_env.sh")
     for result in run_ranks(__file__, RANKS):
         theirs, their_grad = result[trainer]
         ours, our_grad = result["ours", trainer]

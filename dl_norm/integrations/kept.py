@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dl_norm
 from dl_norm import KeptSets
 from dl_norm.checks import values_are_free
+
+from .log_probs import log_probs as with_gradient
 
 
 def padded_sets(kept_tokens: Tensor, token_ids: Tensor) -> tuple[KeptSets, Tensor]:
@@ -89,7 +90,7 @@ def log_probs(
     """Log-probs of tokens over their kept sets, and over the whole vocabulary where they have none.
 
     The log-probs have a gradient at ``hidden`` and ``lm_head_weight``, of which no logit is stored:
-    the gathered product is made again in backward, by :func:`dl_norm.linear_policy_loss`.
+    :func:`dl_norm.integrations.log_probs.log_probs`.
 
     Args:
         hidden, lm_head_weight, token_ids, mask: as for :func:`dl_norm.token_log_probs`.
@@ -107,54 +108,18 @@ def log_probs(
         TypeError, ValueError: as :func:`dl_norm.token_log_probs`.
     """
     chunked = {name: options.pop(name) for name in _OF_THE_HEAD if name in options}
-    tensors = hidden, lm_head_weight, token_ids
+    tensors = hidden, token_ids, lm_head_weight
     if has_set is None:
-        return _LogProbs.apply(*tensors, mask, {"kept": kept, **options})
+        return with_gradient(*tensors, mask=mask, kept=kept, **options)
     counted = torch.ones_like(has_set) if mask is None else mask != 0
-    with_set = _LogProbs.apply(*tensors, counted & has_set, {"kept": kept, **options})
-    whole = {**chunked, "compact": compact, **options}
-    without = _LogProbs.apply(*tensors, counted & ~has_set, whole)
+    whole = {"compact": compact, **chunked, **options}
+    parts = (
+        with_gradient(*tensors, mask=counted & has_set, kept=kept, **options),
+        with_gradient(*tensors, mask=counted & ~has_set, **whole),
+    )
     # Each is 0 where the other is not.
-    return with_set[0] + without[0], with_set[1] + without[1]
+    found, entropy = (first + second for first, second in zip(*parts, strict=True))
+    return found, entropy
 
 
 _OF_THE_HEAD = ("chunk_size", "fp32_logits", "max_tokens")
-
-
-class _LogProbs(torch.autograd.Function):
-    """:func:`dl_norm.token_log_probs` with the gradient of -A log pi, A = -(what comes in)."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        token_ids: Tensor,
-        mask: Tensor | None,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(hidden, weight, token_ids, mask)
-        ctx.options = options
-        found = dl_norm.token_log_probs(
-            hidden, token_ids, weight, mask=mask, entropy=True, **options
-        )
-        ctx.mark_non_differentiable(found[1])
-        return found[0], found[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        hidden, weight, token_ids, mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        leaves = [
-            tensor.detach().requires_grad_(wanted)
-            for tensor, wanted in zip((hidden, weight), needed, strict=True)
-        ]
-        token_ids, grad = token_ids.reshape(1, -1), grads[0].reshape(1, -1)
-        mask = torch.ones_like(token_ids) if mask is None else mask.reshape(1, -1)
-        with torch.enable_grad():
-            loss = dl_norm.linear_policy_loss(
-                leaves[0].reshape(1, -1, hidden.shape[-1]), leaves[1], token_ids, None, -grad,
-                mask, grad.new_ones(1), surrogate="policy_gradient", **ctx.options,
-            )  # fmt: skip
-        found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
-        return *(next(found) if wanted else None for wanted in needed), None, None, None

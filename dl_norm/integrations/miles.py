@@ -23,7 +23,14 @@ from torch import Tensor
 import dl_norm
 
 from .shared import needed
-from .slime import check_args, check_loss_args, masked_sum, max_length, packed_loss
+from .slime import (
+    check_args,
+    check_loss_args,
+    masked_sum,
+    max_length,
+    packed_loss,
+    with_kernels,
+)
 
 _NEEDS = "Miles, from its repository"
 
@@ -95,6 +102,17 @@ def policy_loss(
         max_seq_lens=batch.get("max_seq_lens"),
     )
     return packed_loss(args, batch, logits, streams["log_probs"])
+
+
+def use_kernels(args: Any = None) -> None:
+    """As :func:`dl_norm.integrations.slime.use_kernels`, of Miles' Megatron backend. With
+    ``--true-on-policy-mode`` Miles' own code runs."""
+    module = needed("miles.backends.training_utils.loss_hub.logit_processors", _NEEDS)
+    module.calculate_log_probs_and_entropy = with_kernels(
+        module.calculate_log_probs_and_entropy,
+        entropy_grad="entropy_requires_grad",
+        own_code=("true_on_policy",),
+    )
 
 
 def _length(sample: Any) -> int:

@@ -20,6 +20,7 @@ mean of the B / G steps is the whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from dl_norm.metrics import PolicyLossMetrics
 
 from . import rollout as settings_of
 from .kept import listed_sets
+from .log_probs import shard_log_probs
 from .shared import adapter_loss, clip_fraction, needed, offsets, refuse, required, row_factors
 
 _NEEDS = "slime with its Megatron backend, from its repository"
@@ -127,6 +129,21 @@ def policy_loss(
     return packed_loss(args, batch, logits, streams["log_probs"])
 
 
+def use_kernels(args: Any = None) -> None:
+    """Make slime's log-probs and entropy by dl-norm, as ``--custom-megatron-init-path``.
+
+    For every loss of slime's, and its passes for old and reference log-probs: of this
+    tensor-parallel rank's shard of the vocabulary, without slime's float32 softmax of it. Values
+    and gradients are slime's. With top-p sets (``--rollout-top-p``) slime's own code runs.
+    """
+    module = needed("slime.backends.megatron_utils.loss", _NEEDS)
+    module.calculate_log_probs_and_entropy = with_kernels(
+        module.calculate_log_probs_and_entropy,
+        entropy_grad="with_entropy_grad",
+        own_code=("log_prob_keep_mask",),
+    )
+
+
 def kept_sets(batch: dict[str, Any], device: torch.device) -> tuple[KeptSets, Tensor | None]:
     """slime's top-p sets of a micro-batch as those of its packed response tokens.
 
@@ -149,6 +166,31 @@ def kept_sets(batch: dict[str, Any], device: torch.device) -> tuple[KeptSets, Te
 
 
 # -- for slime and Miles
+
+
+def with_kernels(original: Any, *, entropy_grad: str, own_code: tuple[str, ...]) -> Any:
+    """slime's or Miles' ``calculate_log_probs_and_entropy`` by dl-norm.
+
+    Args:
+        entropy_grad: its option that says whether the entropy has a gradient.
+        own_code: options with which it has to run itself.
+    """
+
+    @functools.wraps(original)
+    def calculate(logits, tokens, tp_group, with_entropy=False, **options):
+        own = [options.get(name) for name in own_code]
+        if logits.size(0) == 0 or any(not (o is None or o is False) for o in own):
+            return original(logits, tokens, tp_group, with_entropy=with_entropy, **options)
+        log_probs, entropy = shard_log_probs(
+            logits,
+            tokens,
+            tp_group,
+            entropy=with_entropy,
+            entropy_grad=options.get(entropy_grad, True),
+        )
+        return log_probs[:, None], entropy
+
+    return calculate
 
 
 def max_length(args: Any) -> int:
