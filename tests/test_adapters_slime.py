@@ -489,3 +489,103 @@ def test_correction(
 
 
 TIS_METRICS = {"tis", "tis_clipfrac", "tis_abs", "train_rollout_logprob_abs_diff"}
+
+
+# -- from logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_tis": True, **TIS}], ids=["plain", "TIS"])
+@pytest.mark.parametrize("recomputed", [True, False], ids=["old", "no old"])
+def test_from_logits(
+    rollout: Rollout, settings: dict[str, Any], recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """slime's own log-probs and loss of packed logits, and ours from the same logits."""
+    mpu = SimpleNamespace(
+        get_context_parallel_world_size=lambda: 1, get_data_parallel_group=lambda: None,
+        get_tensor_model_parallel_group=lambda: None,
+    )  # fmt: skip
+    ppo = lift(
+        "slime/slime/utils/ppo_utils.py", "_maybe_all_reduce", "_get_vocab_parallel_rank_size",
+        "_VocabParallelLogProbEntropy", "_calculate_log_probs_and_entropy_chunk",
+        "calculate_log_probs_and_entropy", dist=torch.distributed,
+    )  # fmt: skip
+    rows = lift(
+        "slime/slime/backends/megatron_utils/loss.py", "_build_shifted_tokens",
+        "_extract_per_sample", "get_log_probs_and_entropy", mpu=mpu, **vars(ppo),
+    )  # fmt: skip
+    own = own_slime()
+    own.policy_loss_function.__globals__["get_log_probs_and_entropy"] = (
+        rows.get_log_probs_and_entropy
+    )
+    fake(monkeypatch, "megatron.core", mpu=mpu)
+    random = torch.Generator().manual_seed(1)
+    batch = slime_batch(rollout)
+    size = sum(batch["total_lengths"]) + 3  # padding behind
+    logits = torch.randn(1, size, 13, generator=random).requires_grad_()
+    batch["unconcat_tokens"] = [
+        torch.randint(13, (n,), generator=random) for n in batch["total_lengths"]
+    ]
+    batch["rollout_mask_sums"] = [mask.sum() for mask in batch["loss_masks"]]
+    slime.advantages(slime_args(), batch)
+    args = Lenient(
+        **vars(slime_args()), **settings, entropy_coef=0, rollout_top_p=1.0, allgather_cp=False,
+        rollout_temperature=0.8, log_probs_chunk_size=-1, skip_actor_forward_only=not recomputed,
+        custom_pg_loss_reducer_function_path="dl_norm.integrations.slime.pg_loss_reducer",
+        delta_l_from_logits=True,
+    )  # fmt: skip
+    _, streams = rows.get_log_probs_and_entropy(
+        logits, args=args, unconcat_tokens=batch["unconcat_tokens"],
+        total_lengths=batch["total_lengths"], response_lengths=batch["response_lengths"],
+    )  # fmt: skip
+    near = [
+        part.detach() + 0.3 * torch.randn(part.shape, generator=random)
+        for part in streams["log_probs"]
+    ]
+    batch["log_probs"] = near if recomputed else None
+    batch["rollout_log_probs"] = [
+        part + 0.2 * torch.randn(part.shape, generator=random) for part in near
+    ]
+    mean = own.policy_loss_function.__globals__["get_sum_of_sample_mean"]
+    means = mean(
+        batch["total_lengths"], batch["response_lengths"], batch["loss_masks"],
+        batch["rollout_mask_sums"], False,
+    )  # fmt: skip
+    theirs, reported = own.policy_loss_function(args, batch, logits, means)
+    loss, metrics = slime.policy_loss(args, batch, logits, means)
+    torch.testing.assert_close(loss, theirs, **THEIRS)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, theirs)]
+    assert gradients[1].abs().max() > 1e-3
+    torch.testing.assert_close(gradients[0], gradients[1], **THEIRS)
+    assert set(metrics) <= set(reported)
+    # From log-probs it is the same, metrics included.
+    args.delta_l_from_logits = False
+    fake(
+        monkeypatch,
+        "slime.backends.megatron_utils.loss",
+        get_log_probs_and_entropy=rows.get_log_probs_and_entropy,
+        get_rollout_top_p_logprob_kwargs=lambda args, batch: {},
+    )
+    _, others = slime.policy_loss(args, batch, logits, means)
+    assert set(others) == set(metrics)
+    for name, value in others.items():
+        torch.testing.assert_close(metrics[name], value, **THEIRS, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "totals", "words"),
+    [
+        (2, {}, 2, "leave it out"),
+        (1, {"rollout_top_p": 0.9}, 2, "leave it out"),
+        (1, {}, 0, "without a prompt"),
+    ],
+)
+def test_from_logits_refuses(
+    rollout: Rollout, size: int, changes: dict[str, Any], totals: int, words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    mpu = SimpleNamespace(get_context_parallel_world_size=lambda: size)
+    fake(monkeypatch, "megatron.core", mpu=mpu)
+    args, batch = slime_args(delta_l_from_logits=True, **changes), one_sample(rollout, 1)
+    batch["total_lengths"] = [n + totals for n in batch["response_lengths"]]
+    with pytest.raises(ValueError, match=words):
+        slime.policy_loss(args, batch, torch.zeros(1, 10, 13), None)

@@ -80,9 +80,9 @@ class _LogProbs(torch.autograd.Function):
         of_log_probs, of_entropy = (
             None if grad is None else grad.reshape(1, -1).float() for grad in (*grads, None)[:2]
         )
-        options = ctx.options
+        options = {**ctx.options, "surrogate": "policy_gradient"}
         if of_entropy is not None:
-            options = options | {"entropy_coef": 1.0, "entropy_weights": -of_entropy}
+            options |= {"entropy_coef": 1.0, "entropy_weights": -of_entropy}
         zeros = torch.zeros(token_ids.shape, device=token_ids.device)
         advantages = zeros if of_log_probs is None else -of_log_probs
         loss_of: Any = dl_norm.logits_policy_loss if weight is None else dl_norm.linear_policy_loss
@@ -93,10 +93,8 @@ class _LogProbs(torch.autograd.Function):
                 for tensor, wanted in zip(given, ctx.needs_input_grad, strict=False)
             ]
             rows = leaves[0].reshape(1, -1, inputs.shape[-1])
-            loss = loss_of(
-                rows, *leaves[1:], token_ids, None, advantages, mask, zeros.new_ones(1),
-                surrogate="policy_gradient", **options,
-            )  # fmt: skip
+            ones = zeros.new_ones(1)
+            loss = loss_of(rows, *leaves[1:], token_ids, None, advantages, mask, ones, **options)
         found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
         wanted = ctx.needs_input_grad[:2]
         return *(next(found) if needed else None for needed in wanted), None, None, None, None
@@ -109,5 +107,9 @@ def shard_log_probs(
 
     ``options``: entropy, entropy_grad, ... A group of one rank, or None, has whole rows.
     """
-    spread = group is not None and group.size() > 1
-    return log_probs(logits, token_ids, tp_group=group if spread else None, **options)
+    return log_probs(logits, token_ids, tp_group=spread_over(group), **options)
+
+
+def spread_over(group: Any) -> Any:
+    """``group``, or None if it has one rank, which then has all of the vocabulary."""
+    return group if group is not None and group.size() > 1 else None

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,8 +74,9 @@ def adapter_loss(
     weights: float | Tensor = 1.0,
     clip: dict[str, Any] | None = None,
     unweighted_terms: bool = False,
+    of: Callable[..., Any] | None = None,
     **options: Any,
-) -> tuple[Tensor, PolicyLossMetrics]:
+) -> tuple[Tensor, Any]:
     """:func:`dl_norm.policy_loss` and its metrics, as an adapter calls it.
 
     Args:
@@ -87,6 +88,8 @@ def adapter_loss(
             "clip": it brings its own.
         unweighted_terms: the trainer's own loss has a term without the advantage, which stays
             without the weights that the advantages carry.
+        of: another loss, :func:`dl_norm.logits_policy_loss`, whose first tensors come first and
+            whose outputs take the place of the metrics.
         **options: the user's, over ``clip``; and what else :func:`dl_norm.policy_loss` takes.
     """
     log_probs, *others, mask = streams
@@ -102,10 +105,8 @@ def adapter_loss(
     if on_advantages and not unweighted_terms and not torch.compiler.is_compiling():
         check_scales_with_advantages(options)
     of_sequences = torch.ones(sequences, device=log_probs.device) * weights
-    outputs: Any = dl_norm.policy_loss(
-        log_probs, *others, mask, of_sequences, return_metrics=True, **options
-    )  # type: ignore
-    return outputs
+    loss: Any = of or dl_norm.policy_loss
+    return loss(log_probs, *others, mask, of_sequences, return_metrics=True, **options)
 
 
 def checked(options: dict[str, Any], *, rollout: bool = False) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import dl_norm
 from dl_norm import KeptSets
@@ -33,7 +34,7 @@ from dl_norm.metrics import PolicyLossMetrics
 
 from . import rollout as settings_of
 from .kept import listed_sets
-from .log_probs import shard_log_probs
+from .log_probs import shard_log_probs, spread_over
 from .shared import adapter_loss, clip_fraction, needed, offsets, refuse, required, row_factors
 
 _NEEDS = "slime with its Megatron backend, from its repository"
@@ -104,7 +105,9 @@ def policy_loss(
     The packed (N,) response tokens go to :func:`dl_norm.policy_loss` with cu_seqlens, without a
     loop over samples. ``sum_of_sample_mean`` is not used. ``args.delta_l_options``, a mapping in
     the custom configuration, has options of :func:`dl_norm.policy_loss`. With ``--use-tis`` the
-    kernel weights the tokens (:func:`dl_norm.integrations.rollout.slime`).
+    kernel weights the tokens (:func:`dl_norm.integrations.rollout.slime`). With
+    ``args.delta_l_from_logits`` the loss goes from this tensor-parallel rank's logits to their
+    gradient (:func:`dl_norm.logits_policy_loss`), and slime's log-probs are not computed.
 
     Returns:
         (loss, metrics), metrics 0-dim tensors under slime's names. slime divides metrics by the
@@ -116,6 +119,8 @@ def policy_loss(
             field of the batch, tokens cut over context-parallel ranks.
     """
     check_loss_args("slime", args)
+    if getattr(args, "delta_l_from_logits", False):
+        return _loss_of_logits(args, batch, logits)
     module = needed("slime.backends.megatron_utils.loss", _NEEDS)
     _, streams = module.get_log_probs_and_entropy(
         logits,
@@ -127,6 +132,45 @@ def policy_loss(
         **module.get_rollout_top_p_logprob_kwargs(args, batch),
     )
     return packed_loss(args, batch, logits, streams["log_probs"])
+
+
+def _loss_of_logits(
+    args: Any, batch: dict[str, Any], logits: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of logits (1, T, V_local), prompts and padding included, whose rows are not read."""
+    mpu = needed("megatron.core", _NEEDS).mpu
+    if mpu.get_context_parallel_world_size() > 1 or getattr(args, "rollout_top_p", 1.0) != 1.0:
+        raise ValueError(
+            "delta_l_from_logits takes whole sequences and all of the vocabulary: leave it out "
+            "with context parallelism and with --rollout-top-p"
+        )
+    totals, lengths = batch["total_lengths"], batch["response_lengths"]
+    if any(total <= length for total, length in zip(totals, lengths, strict=True)):
+        raise ValueError("a response without a prompt: its first token has no logits")
+    padding = logits.shape[1] - sum(totals)
+
+    def at_rows(parts: list[Tensor]) -> Tensor:
+        """The row before a token predicts it."""
+        placed = [
+            pad(part, (total - part.shape[0] - 1, 1))
+            for part, total in zip(parts, totals, strict=True)
+        ]
+        return pad(torch.cat(placed), (0, padding))
+
+    streams = _Streams(args, batch, at_rows)
+    loss_of = functools.partial(
+        dl_norm.logits_policy_loss,
+        temperature=getattr(args, "rollout_temperature", 1.0),
+        tp_group=spread_over(mpu.get_tensor_model_parallel_group()),
+        return_log_probs=True,
+    )
+    token_ids = at_rows([tokens[1:] for tokens in batch["unconcat_tokens"]])
+    cu_seqlens = offsets([*totals, padding], logits.device)
+    loss, seen = adapter_loss(
+        logits[0], token_ids, *streams.of_the_loss, of=loss_of, cu_seqlens=cu_seqlens,
+        **streams.options,
+    )  # fmt: skip
+    return loss, streams.metrics(loss, seen.metrics, seen.log_probs, len(lengths))
 
 
 def use_kernels(args: Any = None) -> None:
@@ -251,50 +295,63 @@ def packed_loss(
     lengths, new = batch["response_lengths"], torch.cat(log_probs)
     if new.shape[0] != sum(lengths):
         raise ValueError("tokens are cut over context-parallel ranks: use the reducer instead")
-    rollout = batch.get("rollout_log_probs")
-    if args.use_rollout_logprobs:
-        old = rollout
-    else:
-        old = None if getattr(args, "skip_actor_forward_only", False) else batch.get("log_probs")
-    correction = settings_of.slime(args)
-    if correction is not None:
-        required(rollout or None, "rollout_log_probs", "--use-tis needs them in the batch")
-    old, rollout = (torch.cat(stream) if stream else None for stream in (old, rollout))
-    mask = torch.cat(batch["loss_masks"])
-    loss, seen = adapter_loss(
-        new,
-        old,
-        torch.cat(required(batch.get("advantages"), "advantages", "they are computed before")),
-        mask,
-        cu_seqlens=offsets(lengths, new.device),
-        clip={
-            "eps_low": args.eps_clip,
-            "eps_high": args.eps_clip_high,
-            "dual_clip": getattr(args, "eps_clip_c", None),
-        },
-        rollout_log_probs=None if correction is None else rollout,
-        rollout_correction=correction,
-        **(getattr(args, "delta_l_options", None) or {}),
-    )
+    streams = _Streams(args, batch, torch.cat)
+    cu_seqlens = offsets(lengths, new.device)
+    loss, seen = adapter_loss(new, *streams.of_the_loss, cu_seqlens=cu_seqlens, **streams.options)
     if new.numel() == 0:
         loss = loss + 0 * logits.sum()  # every rank runs backward
-    tokens, samples = seen.tokens.clamp(min=1), len(lengths)
-    means = {"pg_clipfrac": clip_fraction(seen), "ppo_kl": seen.kl_old_k1 / tokens}
-    if rollout is not None:
-        # slime's comparison: of the current policy where the rollout is the old one.
-        ahead = new.detach() if old is None or args.use_rollout_logprobs else old
-        gap = torch.where(mask != 0, ahead - rollout, 0.0).nan_to_num(0.0)
-        means["train_rollout_logprob_abs_diff"] = gap.abs().sum() / tokens
+    return loss, streams.metrics(loss, seen, new.detach(), len(lengths))
+
+
+class _Streams:
+    """A micro-batch's lists of tensors, one a response, put together by ``place``."""
+
+    def __init__(self, args: Any, batch: dict[str, Any], place: Callable[[list[Tensor]], Tensor]):
+        rollout = batch.get("rollout_log_probs")
+        recomputed = not getattr(args, "skip_actor_forward_only", False)
+        old = batch.get("log_probs") if recomputed else None
+        old = rollout if args.use_rollout_logprobs else old
+        advantages = required(batch.get("advantages"), "advantages", "they are computed before")
+        correction = settings_of.slime(args)
         if correction is not None:
-            means["tis_abs"] = gap.expm1().abs().sum() / tokens
-            means |= _correction_means(seen)
-            if "mis" in (getattr(args, "custom_tis_function_path", None) or "").split("."):
-                means |= _mis_means(seen)
-    return loss, {
-        "loss": loss.detach(),
-        "pg_loss": loss.detach(),
-        **{name: mean * samples for name, mean in means.items()},
-    }
+            required(rollout or None, "rollout_log_probs", "--use-tis needs them in the batch")
+        self.args = args
+        self.old, self.rollout = (place(stream) if stream else None for stream in (old, rollout))
+        self.mask = place(batch["loss_masks"])
+        self.of_the_loss = self.old, place(advantages), self.mask
+        self.options = {
+            "clip": {
+                "eps_low": args.eps_clip,
+                "eps_high": args.eps_clip_high,
+                "dual_clip": getattr(args, "eps_clip_c", None),
+            },
+            "rollout_log_probs": None if correction is None else self.rollout,
+            "rollout_correction": correction,
+            **(getattr(args, "delta_l_options", None) or {}),
+        }
+
+    def metrics(
+        self, loss: Tensor, seen: PolicyLossMetrics, new: Tensor, samples: int
+    ) -> dict[str, Tensor]:
+        """slime's, of ``new`` log-probs: sums over samples of what are means over tokens here."""
+        tokens = seen.tokens.clamp(min=1)
+        means = {"pg_clipfrac": clip_fraction(seen), "ppo_kl": seen.kl_old_k1 / tokens}
+        if self.rollout is not None:
+            # slime's comparison: of the current policy where the rollout is the old one.
+            ahead = new if self.old is None or self.args.use_rollout_logprobs else self.old
+            gap = torch.where(self.mask != 0, ahead - self.rollout, 0.0).nan_to_num(0.0)
+            means["train_rollout_logprob_abs_diff"] = gap.abs().sum() / tokens
+            if seen.rollout is not None:
+                means["tis_abs"] = gap.expm1().abs().sum() / tokens
+                means |= _correction_means(seen)
+                path = getattr(self.args, "custom_tis_function_path", None) or ""
+                if "mis" in path.split("."):
+                    means |= _mis_means(seen)
+        return {
+            "loss": loss.detach(),
+            "pg_loss": loss.detach(),
+            **{name: mean * samples for name, mean in means.items()},
+        }
 
 
 def _correction_means(seen: PolicyLossMetrics) -> dict[str, Tensor]:
