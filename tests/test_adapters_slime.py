@@ -95,7 +95,24 @@ def test_loss_refuses(rollout: Rollout, trainer: Any, change: str) -> None:
     [
         ({"custom_tis_function_path": "mine.tis"}, "cannot read as settings"),
         ({"custom_tis_function_path": "mine.mis.compute_mis_weights"}, "cannot read as settings"),
-        ({"custom_tis_function_path": MIS, "tis_batch_normalize": True}, "how the batch is cut"),
+        (
+            {
+                "custom_tis_function_path": MIS,
+                "tis_batch_normalize": True,
+                "tis_mode": "mask",
+                "tis_upper_bound": 2.0,
+            },
+            "tis_batch_normalize has a counterpart at the levels token and sequence",
+        ),
+        (
+            {
+                "custom_tis_function_path": MIS,
+                "tis_batch_normalize": True,
+                "tis_upper_bound": 2.0,
+                "rollout_log_probs": True,
+            },
+            "delta_l_mean_weight is missing",
+        ),
         ({"use_rollout_logprobs": True}, "nothing to correct"),
         ({}, "rollout_log_probs is missing"),
     ],
@@ -104,8 +121,11 @@ def test_correction_refuses(
     rollout: Rollout, trainer: Any, changes: dict[str, Any], words: str
 ) -> None:
     args = slime_args(use_tis=True, **{"tis_clip_low": 0.0, "tis_clip": 2.0, **changes})
+    batch = one_sample(rollout, 1)
+    if "rollout_log_probs" in changes:
+        batch["rollout_log_probs"] = batch["log_probs"]
     with pytest.raises(ValueError, match=words):
-        trainer.policy_loss(args, one_sample(rollout, 1), one_sample(rollout, 1)["logits"], None)
+        trainer.policy_loss(args, batch, batch["logits"], None)
 
 
 def test_needs_the_constant(rollout: Rollout) -> None:
@@ -489,6 +509,48 @@ def test_correction(
 
 
 TIS_METRICS = {"tis", "tis_clipfrac", "tis_abs", "train_rollout_logprob_abs_diff"}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_mean_weight_of_the_rollout(
+    rollout: Rollout, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a micro-batch is the whole rollout it is slime's; cut into two it stays so."""
+    own = own_losses("slime", monkeypatch)
+    fake(monkeypatch, "megatron.core", mpu=own.mpu)
+    settings = MIS_SETTINGS | {"tis_level": level, "tis_batch_normalize": True}
+    args = Lenient(
+        **vars(slime_args()), **settings, use_tis=True, entropy_coef=0, rollout_top_p=1.0,
+        custom_pg_loss_reducer_function_path="dl_norm.integrations.slime.pg_loss_reducer",
+    )  # fmt: skip
+    rollout = replace(
+        rollout, mask=rollout.mask[[0, 1, 3, 4, 5]], widths=[3, 8, 5, 1, 8],  # slime counts empty
+        log_probs=rollout.log_probs.detach()[[0, 1, 3, 4, 5]].requires_grad_(),
+        old=rollout.old[[0, 1, 3, 4, 5]], advantages=rollout.advantages[[0, 1, 3, 4, 5]],
+    )  # fmt: skip
+    batch = slime_batch(rollout)
+    random = torch.Generator().manual_seed(8)
+    near = rollout.old + 0.3 * torch.randn(rollout.old.shape, generator=random) - 0.1
+    batch["rollout_log_probs"] = rollout.cut(near)
+    batch["rollout_mask_sums"] = [mask.sum() for mask in batch["loss_masks"]]
+    batch["unconcat_tokens"] = [None] * 5
+    slime.advantages(args, batch)
+    assert (args.delta_l_mean_weight - 1).abs() > 0.02
+    mean = own.policy_loss_function.__globals__["get_sum_of_sample_mean"]
+    names = ["total_lengths", "response_lengths", "loss_masks", "rollout_mask_sums"]
+    means = mean(*(batch[name] for name in names))
+    theirs, _ = own.policy_loss_function(args, batch, torch.cat(batch["new_log_probs"]), means)
+    ours = torch.zeros(())
+    for part in (slice(0, 2), slice(2, 5)):
+        micro = {name: values[part] for name, values in batch.items()}
+        ours = ours + slime.policy_loss(args, micro, torch.cat(micro["new_log_probs"]), None)[0]
+    torch.testing.assert_close(ours, theirs, **THEIRS)
+    gradients = [torch.autograd.grad(loss, rollout.log_probs)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, **THEIRS)
+    # Without the whole rollout's log-probs there is no mean of it.
+    del batch["log_probs"]
+    with pytest.raises(ValueError, match="log_probs is missing"):
+        slime.advantages(args, batch)
 
 
 # -- from logits

@@ -109,10 +109,11 @@ def slime(args: Any) -> RolloutCorrection | None:
     ``custom_tis_function_path`` their IcePop, or their example ``train_infer_mismatch_helper``
     (MIS) with its ``tis_*`` and ``rs_*``.
 
-    None where ``use_tis`` is off.
+    None where ``use_tis`` is off. ``tis_batch_normalize`` is :func:`dl_norm.rollout_mean_weight` of
+    the whole rollout (slime's is that of a micro-batch).
 
     Raises:
-        ValueError: a function of one's own, ``tis_batch_normalize``, ``use_rollout_logprobs``.
+        ValueError: a function of one's own, ``use_rollout_logprobs``.
     """
     if not _get(args, "use_tis", False):
         return None
@@ -126,7 +127,7 @@ def slime(args: Any) -> RolloutCorrection | None:
         mode = "truncate" if path is None else _SLIME_TIS[path]
         bounds = _bounds(_get(args, "tis_clip_low", None), _get(args, "tis_clip", None))
         return RolloutCorrection("token", mode, *bounds)
-    if not re.search(r"(^|\.)train_infer_mismatch_helper\.mis\.compute_mis_weights\w*$", path):
+    if not _SLIME_MIS.search(path):
         raise ValueError(
             f"custom_tis_function_path={path!r} is a function that dl_norm cannot read as settings;"
             f" it knows {', '.join(_SLIME_TIS)} and train_infer_mismatch_helper.mis. Use the "
@@ -135,6 +136,14 @@ def slime(args: Any) -> RolloutCorrection | None:
     return _slime_mis(args)
 
 
+def slime_normalises(args: Any) -> bool:
+    """Whether slime's settings ask for a mean weight of 1: its MIS with ``tis_batch_normalize``."""
+    path = _get(args, "custom_tis_function_path", None) or ""
+    asked = _get(args, "use_tis", False) and _get(args, "tis_batch_normalize", False)
+    return bool(asked and _SLIME_MIS.search(path))
+
+
+_SLIME_MIS = re.compile(r"(^|\.)train_infer_mismatch_helper\.mis\.compute_mis_weights\w*$")
 _SLIME_TIS = {
     f"{module}.{function}": mode
     for module in (
@@ -145,10 +154,13 @@ _SLIME_TIS = {
 
 
 def _slime_mis(args: Any) -> RolloutCorrection:
-    if _get(args, "tis_batch_normalize", False):
+    if _get(args, "tis_batch_normalize", False) and (
+        _get(args, "tis_mode", "truncate") == "mask"
+        or _get(args, "tis_level", "token") not in ("token", "sequence")
+    ):
         raise ValueError(
-            "tis_batch_normalize divides by the mean weight of a micro-batch, so the gradient would"
-            " depend on how the batch is cut: set tis_batch_normalize: false"
+            "tis_batch_normalize has a counterpart at the levels token and sequence with tis_mode "
+            "truncate or clip: set tis_batch_normalize: false"
         )
     kind = _get(args, "tis_mode", "truncate")
     upper = _get(args, "tis_upper_bound", None)

@@ -50,7 +50,8 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         rollout_data: this rank's samples: ``rewards``, ``response_lengths``, ``loss_masks`` and
             ``kl`` (slime puts it there before the call), and ``rollout_mask_sums``, the counted
             tokens of a sample's whole rollout; without them each sample is a rollout. Sets
-            ``advantages`` and ``returns``.
+            ``advantages`` and ``returns``. With ``tis_batch_normalize`` the mean weight of the
+            rollout, ``args.delta_l_mean_weight``, for :func:`policy_loss`.
     """
     check_args("slime", args)
     masks = rollout_data["loss_masks"]
@@ -58,6 +59,8 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         torch.cat(masks), offsets(rollout_data["response_lengths"], masks[0].device)
     )
     group = needed("megatron.core", _NEEDS).mpu.get_data_parallel_group()
+    if _normalises(args):
+        args.delta_l_mean_weight = _mean_weight(args, rollout_data, group)
     factors = row_factors(
         lengths,
         alpha=getattr(args, "delta_l_alpha", 1.0),
@@ -327,6 +330,7 @@ class _Streams:
             },
             "rollout_log_probs": None if correction is None else self.rollout,
             "rollout_correction": correction,
+            **({"rollout_mean_weight": _made_before(args)} if _normalises(args) else {}),
             **(getattr(args, "delta_l_options", None) or {}),
         }
 
@@ -374,6 +378,35 @@ def _mis_means(seen: PolicyLossMetrics) -> dict[str, Tensor]:
         "mis_k3_kl": rollout.k3 / tokens,
         "mis_rs_catastrophic_seq_fraction": rollout.vetoed / tokens,
     }
+
+
+def _normalises(args: Any) -> bool:
+    """Whether the correction is to have a mean weight of 1; the reducer leaves that to slime."""
+    return settings_of.slime_normalises(args) and getattr(args, "loss_type", "") != "policy_loss"
+
+
+def _made_before(args: Any) -> Tensor:
+    return required(
+        getattr(args, "delta_l_mean_weight", None),
+        "delta_l_mean_weight",
+        "tis_batch_normalize needs the whole rollout, which dl_norm.integrations.slime.advantages "
+        "sees and Miles has no hook for: set that, or tis_batch_normalize: false",
+    )
+
+
+def _mean_weight(args: Any, rollout_data: dict[str, Any], group: Any) -> Tensor:
+    old, rollout = (
+        required(
+            rollout_data.get(name) or None, name, "tis_batch_normalize needs it in the rollout"
+        )
+        for name in ("log_probs", "rollout_log_probs")
+    )
+    lengths, mask = rollout_data["response_lengths"], torch.cat(rollout_data["loss_masks"])
+    correction = required(settings_of.slime(args), "rollout_correction", "set --use-tis")
+    return dl_norm.rollout_mean_weight(
+        torch.cat(old), torch.cat(rollout), mask, correction,
+        cu_seqlens=offsets(lengths, mask.device), group=group,
+    )  # fmt: skip
 
 
 def _rollouts(lengths: Tensor, of_rollouts: Any) -> Tensor:
