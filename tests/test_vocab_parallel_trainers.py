@@ -174,6 +174,36 @@ def nemo_rl_chunked_with_kernels(*arguments):
     return nemo_rl(*arguments, change=adapter.use_kernels, chunk_size=4)
 
 
+def slime_loss(batch, rank, group):
+    """The adapter's loss of one response, of whole logits or of this rank's: loss, gradient."""
+    import pytest
+
+    from dl_norm.integrations import slime as adapter
+
+    mpu = SimpleNamespace(
+        get_context_parallel_world_size=lambda: 1, get_tensor_model_parallel_group=lambda: group
+    )
+    logits = batch["logits"] if group is None else batch["logits"].chunk(RANKS, -1)[rank]
+    leaf = logits.clone().requires_grad_()
+    args = SimpleNamespace(
+        eps_clip=0.2, eps_clip_high=0.2, use_rollout_logprobs=False, calculate_per_token_loss=False,
+        delta_l_from_logits=True, rollout_temperature=0.9,
+    )  # fmt: skip
+    targets = batch["token_ids"].roll(-1, 1)[..., None]
+    near = (batch["logits"] / 0.9).log_softmax(-1).gather(-1, targets)[..., 0]
+    micro_batch = {
+        "total_lengths": [TOKENS], "response_lengths": [4], "unconcat_tokens": batch["token_ids"],
+        "log_probs": [near[0, 1:5] - 0.1], "loss_masks": [torch.ones(4)],
+        "advantages": [batch["of_log_probs"][0, :4]],
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        fake(patch, "megatron.core", mpu=mpu)
+        loss, _ = adapter.policy_loss(args, micro_batch, leaf, None)
+    loss.backward()
+    gradient = leaf.grad if group is not None else leaf.grad.chunk(RANKS, -1)[rank]
+    return loss.detach(), gradient
+
+
 THEIRS = {
     "AReaL": areal, "SkyRL": skyrl, "verl": verl, "Megatron-Core": megatron, "slime": slime,
     "slime, our kernels": slime_with_kernels, "NeMo-RL": nemo_rl,
@@ -213,6 +243,8 @@ def worker(_, rank, folder):
         )  # fmt: skip
         loss.backward()
         results["ours", name] = {n: getattr(seen, n) for n in found}, leaf.grad
+    groups = None, dist.group.WORLD
+    results["slime, from logits"] = [slime_loss(batch, rank, group) for group in groups]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -229,6 +261,14 @@ def test_as_the_trainers_functions(trainer, run_ranks):
             assert (ours[name] - wanted).abs().max() < 3e-6, name
         assert their_grad.abs().max() > 0.1
         assert (our_grad - their_grad).abs().max() < 3e-6
+
+
+def test_slime_s_loss_from_a_shard_of_the_logits(run_ranks):
+    for result in run_ranks(__file__, RANKS):
+        (loss, gradient), (our_loss, our_gradient) = result["slime, from logits"]
+        assert gradient.abs().max() > 0.1 and (gradient[0, :1] == 0).all()  # a prompt's row
+        assert (our_loss - loss).abs() < 3e-6
+        assert (our_gradient - gradient).abs().max() < 3e-6
 
 
 if __name__ == "__main__":
