@@ -23,14 +23,8 @@ from torch import Tensor
 import dl_norm
 
 from .shared import needed
-from .slime import (
-    check_args,
-    check_loss_args,
-    masked_sum,
-    max_length,
-    packed_loss,
-    with_kernels,
-)
+from .slime import check_args, check_loss_args, masked_sum, max_length, with_kernels
+from .slime_loss import packed_loss
 
 _NEEDS = "Miles, from its repository"
 
