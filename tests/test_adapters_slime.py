@@ -128,6 +128,21 @@ def test_correction_refuses(
         trainer.policy_loss(args, batch, batch["logits"], None)
 
 
+@pytest.mark.parametrize("name", ["delta_l_options", "delta_l_from_logits"])
+def test_options_of_the_fused_loss_want_it(rollout: Rollout, name: str) -> None:
+    args = slime_args(**{name: {"eps_low": 0.1}}, loss_type="policy_loss")
+    with pytest.raises(ValueError, match=name):
+        slime.advantages(args, slime_batch(rollout))
+    with pytest.raises(ValueError, match=name):
+        miles.rewards(args, miles_samples(rollout))
+
+
+def test_miles_has_no_loss_from_logits(rollout: Rollout) -> None:
+    batch = one_sample(rollout, 1)
+    with pytest.raises(ValueError, match="delta_l_from_logits"):
+        miles.policy_loss(slime_args(delta_l_from_logits=True), batch, batch["logits"], None)
+
+
 def test_needs_the_constant(rollout: Rollout) -> None:
     args = slime_args(delta_l_max_length=None)
     with pytest.raises(ValueError, match="delta_l_max_length"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dl_norm
 
-from .shared import needed
+from .shared import needed, refuse
 from .slime import check_args, check_loss_args, masked_sum, max_length, with_kernels
 from .slime_loss import packed_loss
 
@@ -86,6 +86,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As :func:`dl_norm.integrations.slime.policy_loss`."""
     check_loss_args("Miles", args)
+    refuse(
+        "Miles",
+        {"delta_l_from_logits": getattr(args, "delta_l_from_logits", False)},
+        "its logits come in several forms; leave it out",
+    )
     module = needed("miles.backends.training_utils.loss_hub.logit_processors", _NEEDS)
     streams = module.get_log_probs_and_entropy(
         logits,

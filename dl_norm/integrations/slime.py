@@ -217,6 +217,12 @@ def check_args(trainer: str, args: Any) -> None:
         "it would act on the advantages after they carry the DeltaL weights; turn it off",
     )
     _check_reduction(args.calculate_per_token_loss)
+    for name in ("delta_l_options", "delta_l_from_logits"):
+        if getattr(args, name, None) and getattr(args, "loss_type", None) == "policy_loss":
+            raise ValueError(
+                f"{name} is of the fused loss, and with --loss-type policy_loss {trainer}'s own "
+                "runs: set --loss-type custom_loss and --custom-loss-function-path, or leave it out"
+            )
     max_length(args)
 
 
