@@ -104,9 +104,11 @@ def policy_loss(
 
 
 def use_kernels(args: Any = None) -> None:
-    """As :func:`dl_norm.integrations.slime.use_kernels`, of Miles' Megatron backend. The gradient of
-    the log-probs is float32, which Megatron's fused cross-entropy rounds to bfloat16. With
-    ``--true-on-policy-mode`` Miles' own code runs."""
+    """As :func:`dl_norm.integrations.slime.use_kernels`, of Miles' Megatron backend.
+
+    The gradient is float32; Megatron's fused cross-entropy rounds it to bfloat16. With
+    ``--true-on-policy-mode`` Miles' own code runs.
+    """
     module = needed("miles.backends.training_utils.loss_hub.logit_processors", _NEEDS)
     module.calculate_log_probs_and_entropy = with_kernels(
         module.calculate_log_probs_and_entropy,
