@@ -29,6 +29,7 @@ from adapter_tools import (
     make_rollout,
 )
 
+import dl_norm
 from dl_norm.integrations import prime_rl
 
 
@@ -222,6 +223,32 @@ def test_own_loss(
         torch.testing.assert_close(our_gradient, gradient, **THEIRS, msg=run)
         for metric in {"is_masked", *seen} & set(metrics) if run == "hook" else ():
             torch.testing.assert_close(seen[metric].float(), metrics[metric].float(), **THEIRS)
+
+
+@pytest.mark.parametrize(
+    ("name", "surrogate"),
+    [
+        ("default", "dppo_tv(0.1, 0.05) + drift(tau=0.4)"),
+        ("ipo", "ipo(0.1) + drift(tau=0.2)"),
+        ("no drift", "dppo_tv"),
+    ],
+)
+def test_own_loss_is_its_formula(rollout: Rollout, name: str, surrogate: str) -> None:
+    """Over no code of prime-rl's: the surrogate of its settings, a plain sum of tokens."""
+    config = OWN[name]
+    streams = (rollout.log_probs, rollout.old, rollout.advantages[:, None] * rollout.mask)
+    trainer, inference, advantages, mask = map(rollout.cut, (*streams, rollout.mask))
+    loss, metrics = prime_rl.make_compute_loss(own=config)(
+        trainer, inference, None, advantages, mask, *[None] * 4, 10, 1, 1
+    )
+    true = dl_norm.reference.policy_loss(
+        *streams[:2], config.adv_tau * rollout.advantages, rollout.mask,
+        torch.full((len(LENGTHS),), 0.1), surrogate=surrogate,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, true, **THEIRS)
+    gradients = [torch.autograd.grad(value, rollout.log_probs)[0] for value in (loss, true)]
+    torch.testing.assert_close(*gradients, **THEIRS)
+    assert set(metrics) == {"is_masked", "is_masked_low", "is_masked_high"}
 
 
 def test_own_loss_refuses() -> None:

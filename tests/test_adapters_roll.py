@@ -31,6 +31,8 @@ from adapter_tools import (
 )
 from torch import Tensor
 
+from dl_norm.integrations import rollout as settings_of
+
 
 @pytest.fixture
 def rollout() -> Rollout:
@@ -90,6 +92,36 @@ CORRECTIONS: dict[str, tuple[Any, list[Any], dict[str, Any], str]] = {
         "use_kl_loss",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n, parts in CORRECTIONS.items() if not parts[3]])
+def test_correction_reaches_the_loss(rollout: Rollout, roll: Any, name: str) -> None:
+    """Over stand-ins: the settings' RolloutCorrection, in the formula's loss of the whole batch."""
+    weight, filters, changes, _ = CORRECTIONS[name]
+    level, high = weight or ("token", None)
+    enabled = weight is not None
+    settings = SimpleNamespace(
+        is_weight=SimpleNamespace(enabled=enabled, weight_type=level, upper_bound=high),
+        filters=filters,
+    )
+    worker = type("Worker", (roll.DeltaLActorWorker,), {"alpha": ALPHA})(
+        enable_old_logprobs_recompute=False, train_infer_correction=settings, **changes
+    )
+    data = roll_batch(rollout)
+    noise = 0.2 * torch.randn(rollout.old.shape, generator=torch.Generator().manual_seed(3))
+    reference = rollout.old - noise
+    data.batch |= {"infer_logprobs": rollout.old + noise, "ref_log_probs": reference}
+    data.batch[roll.SEQUENCE_WEIGHTS] = worker._weights(rollout.mask)
+    data.meta_info = {"batch_num_tokens": {"response_mask": rollout.mask.sum()}}
+    loss, metrics = worker.loss_func(data, rollout.log_probs)
+    correction = settings_of.roll(settings)
+    options: dict[str, Any] = {"log_ratio_clamp": None}
+    if correction is not None:
+        options |= {"rollout_log_probs": rollout.old + noise, "rollout_correction": correction}
+        assert "actor/train_infer_final_mask_mean" in metrics
+    if changes:
+        options |= {"ref_log_probs": reference, "beta": changes["kl_loss_coef"]}
+    rollout.check(loss, **options)
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

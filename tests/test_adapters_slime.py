@@ -33,6 +33,7 @@ from adapter_tools import (
 from torch import Tensor
 
 from dl_norm.integrations import miles, slime
+from dl_norm.integrations import rollout as settings_of
 
 MIS = "train_infer_mismatch_helper.mis.compute_mis_weights_with_cp"
 
@@ -524,6 +525,63 @@ def test_correction(
 
 
 TIS_METRICS = {"tis", "tis_clipfrac", "tis_abs", "train_rollout_logprob_abs_diff"}
+
+
+@pytest.mark.parametrize("trainer", [slime, miles])
+@pytest.mark.parametrize("kind", CORRECTIONS)
+def test_correction_reaches_the_loss(rollout: Rollout, trainer: Any, kind: str) -> None:
+    """Over stand-ins: the settings' RolloutCorrection, in the formula's loss of the whole batch."""
+    settings = dict(CORRECTIONS[kind])
+    if kind == "IcePop":
+        settings["custom_tis_function_path"] = ICEPOP[trainer.__name__.rpartition(".")[2]]
+    args, batch = Lenient(**vars(slime_args()), **settings, use_tis=True), slime_batch(rollout)
+    slime.advantages(args, batch)
+    noise = 0.3 * torch.randn(rollout.old.shape, generator=torch.Generator().manual_seed(8))
+    batch["rollout_log_probs"] = rollout.cut(rollout.old + noise)
+    loss, metrics = trainer.policy_loss(args, batch | {"unconcat_tokens": None},
+                                        batch["new_log_probs"], None)  # fmt: skip
+    assert TIS_METRICS | {"ois"} <= set(metrics)
+    correction = settings_of.slime(args)
+    assert correction is not None
+    rollout.check(
+        loss / len(LENGTHS), rollout_log_probs=rollout.old + noise, rollout_correction=correction
+    )
+
+
+@pytest.mark.parametrize("use_tis", [False, True])
+def test_from_logits_is_from_log_probs(
+    rollout: Rollout, use_tis: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over stand-ins: packed logits with prompts and padding, and the responses' log-probs."""
+    mpu = SimpleNamespace(
+        get_context_parallel_world_size=lambda: 1, get_data_parallel_group=lambda: None,
+        get_tensor_model_parallel_group=lambda: None,
+    )  # fmt: skip
+    fake(monkeypatch, "megatron.core", mpu=mpu)
+    args, batch = slime_args(use_tis=use_tis, **TIS), slime_batch(rollout)
+    slime.advantages(args, batch)
+    random = torch.Generator().manual_seed(3)
+    totals, lengths = batch["total_lengths"], batch["response_lengths"]
+    logits = torch.randn(1, sum(totals) + 2, 11, generator=random).requires_grad_()
+    tokens = [torch.randint(11, (n,), generator=random) for n in totals]
+    new = [
+        rows[total - n - 1 : total - 1].log_softmax(-1).gather(-1, ids[total - n :, None])[:, 0]
+        for rows, ids, total, n in zip(
+            logits[0, :-2].split(totals), tokens, totals, lengths, strict=True
+        )
+    ]
+    batch |= {"unconcat_tokens": tokens, "log_probs": [part.detach() + 0.1 for part in new]}
+    batch["rollout_log_probs"] = [part - 0.1 for part in batch["log_probs"]]
+    results = []
+    for args.delta_l_from_logits, inputs in ((False, new), (True, logits)):
+        loss, metrics = slime.policy_loss(args, batch, inputs, None)
+        results.append((loss, torch.autograd.grad(loss, logits, retain_graph=True)[0], metrics))
+    (loss, gradient, metrics), (other, other_gradient, others) = results
+    torch.testing.assert_close(other, loss, **THEIRS)
+    torch.testing.assert_close(other_gradient, gradient, **THEIRS)
+    assert gradient.abs().max() > 1e-3 and set(metrics) == set(others)
+    for name, value in metrics.items():
+        torch.testing.assert_close(others[name], value, **THEIRS, msg=name)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -258,6 +258,30 @@ def test_hooks_are_called_as_recorded(titan: SimpleNamespace) -> None:
     check_hook(titan.adapter.DeltaLBatcher._take_groups, "torchtitan batcher")
 
 
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_correction_reaches_the_loss(
+    rollout: Rollout, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over stand-ins, whose logits are log-probs: the formula's loss without old log-probs."""
+    adapter = import_torchtitan(monkeypatch)
+    correction = dl_norm.RolloutCorrection(mode=mode, low=0.7, high=1.3)
+    loss_fn = adapter.DeltaLLoss(
+        adapter.DeltaLLoss.Config(options={"rollout_correction": correction})
+    )
+    advantages = rollout.advantages[:, None].expand(rollout.mask.shape)
+    loss, _ = loss_fn(
+        rollout.log_probs, rollout.log_probs, 10, generator_logprobs=rollout.old,
+        advantages=advantages, loss_mask=rollout.mask,
+    )  # fmt: skip
+    true = dl_norm.reference.policy_loss(
+        rollout.log_probs, None, advantages, rollout.mask, torch.full((len(LENGTHS),), 0.1),
+        rollout_log_probs=rollout.old, rollout_correction=correction,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, true, **THEIRS)
+    gradients = [torch.autograd.grad(value, rollout.log_probs)[0] for value in (loss, true)]
+    torch.testing.assert_close(*gradients, **THEIRS)
+
+
 def test_bad_settings_raise_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     titan = import_torchtitan(monkeypatch)
     with pytest.raises(ValueError, match="ratio_level"):

@@ -108,6 +108,35 @@ def test_as_prime_rl_s_logits() -> None:
     check(ours, theirs, case)
 
 
+@pytest.mark.parametrize("form", ["padded", "listed"])
+def test_as_the_formula(form: str) -> None:
+    """-inf outside the set, then log_softmax; all of the vocabulary where there is no set."""
+    case = Case()
+    if form == "padded":
+        case.sets[-1] = case.sets[1]  # not of its label: no set either
+        sets, has_set = kept.padded_sets(case.padded(), case.labels)
+        whole = {t for t, s in enumerate(case.sets) if case.labels[0, t] not in s}
+        hidden, labels = case.hidden, case.labels
+    else:  # two responses, of which the second has sets for its first two tokens alone
+        members = [s if case.labels[0, t] in s else [int(case.labels[0, t])]
+                   for t, s in enumerate(case.sets)]  # fmt: skip
+        case.sets, whole = members, set(range(9, 12))
+        parts = members[:7], members[7:9]
+        ids = [[token for s in part for token in s] for part in parts]
+        offsets = [[sum(map(len, part[:r])) for r in range(len(part) + 1)] for part in parts]
+        offsets[0] = torch.tensor(offsets[0], dtype=torch.int32)
+        sets, has_set = kept.listed_sets(ids, offsets, [7, 5], torch.device("cpu"))
+        hidden, labels = case.hidden[0], case.labels[0]
+    assert {t for t, yes in enumerate(has_set.flatten().tolist()) if not yes} == whole != set()
+    mask = torch.zeros(len(case.sets), VOCABULARY, dtype=torch.bool)
+    for t, members in enumerate(case.sets):
+        mask[t, members if t not in whole else range(VOCABULARY)] = True
+    logits = (case.hidden @ case.weight.T).masked_fill(~mask, -torch.inf)
+    true = logits.log_softmax(-1).gather(-1, case.labels[..., None])[..., 0]
+    ours, _ = kept.log_probs(hidden, case.weight, labels, sets, has_set)
+    check(ours.reshape(true.shape), true, case)
+
+
 def test_padded_sets_where_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the room of the padding stays, behind the last offset that counts."""
     case = Case()
