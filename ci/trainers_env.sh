@@ -5,11 +5,14 @@
 #
 #   bash ci/trainers_env.sh        downloads them, or does nothing when they are there
 #
-# For the trainers that are only in repositories, clone them into one folder and name it:
+# For the trainers that are only in repositories, clone them into one folder and name it (of prime-rl
+# two commits: its kept sets are on a branch, read at d09488d5):
 #   for repository in PrimeIntellect-ai/prime-rl THUDM/slime radixark/miles NVIDIA-NeMo/RL \
 #       alibaba/ROLL NVIDIA/Megatron-LM allenai/open-instruct; do
 #       git clone --depth 1 "https://github.com/$repository"
 #   done
+#   git -C prime-rl fetch --depth 1 origin feat/sampling-replay
+#   git -C prime-rl worktree add ../prime-rl-replay FETCH_HEAD
 #   TRAINER_SOURCES=<that folder> python -m pytest tests/test_adapters*.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -145,6 +145,57 @@ def true_gradients(
     return loss.float(), *torch.autograd.grad(loss, (hidden, weight))
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_correction(rollout: Rollout, titan: SimpleNamespace, mode: str, chunked: bool) -> None:
+    """-A w log pi with a constant w of the current policy, bounded, by its formula."""
+    rollout.old[3, 2] = math.nan
+    batch = steps(titan, rollout, 1, alpha=ALPHA, max_length=M)
+    hidden, weight, labels = head(rollout)
+    correction = dl_norm.RolloutCorrection(mode=mode, low=0.5, high=1.5)
+    config = titan.adapter.DeltaLLoss.Config(options={"rollout_correction": correction})
+    if chunked:
+        config = titan.components.ChunkedLossWrapper.Config(num_chunks=3, loss_fn=config)
+    loss_fn = config.build()
+    project = torch.nn.Linear(5, VOCABULARY, bias=False)
+    project.weight = torch.nn.Parameter(weight.detach().clone())
+    if chunked:
+        loss_fn.set_lm_head(project)
+    expected, total, outside = torch.zeros(()), torch.zeros(()), 0
+    metrics: dict[str, float] = dict.fromkeys(("loss/ratio_mean", "loss/ratio_clipped_frac"), 0.0)
+    ratios = 0.0
+    for part in [part for parts in batch.microbatches for part in parts]:
+        states, targets = hidden[part.token_ids], labels[part.labels]
+        streams = {
+            name: getattr(part, name) for name in ("generator_logprobs", "advantages", "loss_mask")
+        }
+        value, seen = loss_fn(
+            states if chunked else project(states), targets, batch.num_global_valid_tokens,
+            **streams,
+        )  # fmt: skip
+        value.backward()
+        total = total + value.detach()
+        metrics = {name: metrics[name] + float(seen[name]) for name in metrics}
+        states = hidden[part.token_ids]
+        log_probs = (states @ weight.T).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        ratio = (log_probs.detach() - part.generator_logprobs).exp()
+        counted = part.loss_mask.bool() & ratio.isfinite()
+        inside = (ratio >= 0.5) & (ratio <= 1.5)
+        bounded = ratio.clamp(0.5, 1.5) if mode == "truncate" else ratio * inside
+        bounded = torch.where(counted, bounded, 0.0)
+        gradient_of = -(part.advantages * bounded * log_probs).sum()
+        expected = expected + gradient_of / batch.num_global_valid_tokens
+        outside += int((counted & ~inside).sum())
+        ratios += float(ratio[counted].sum())
+    assert outside > 3
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(hidden.grad, wanted[0], **THEIRS)
+    torch.testing.assert_close(project.weight.grad, wanted[1], **THEIRS)
+    tokens = batch.num_global_valid_tokens
+    assert metrics["loss/ratio_clipped_frac"] == pytest.approx(outside / tokens)
+    assert metrics["loss/ratio_mean"] == pytest.approx(ratios / tokens, rel=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("loss", ["theirs", "ours", "theirs, chunked", "ours, chunked"])
 def test_step(rollout: Rollout, titan: SimpleNamespace, loss: str, ranks: int) -> None:
@@ -207,10 +258,42 @@ def test_hooks_are_called_as_recorded(titan: SimpleNamespace) -> None:
     check_hook(titan.adapter.DeltaLBatcher._take_groups, "torchtitan batcher")
 
 
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_correction_reaches_the_loss(
+    rollout: Rollout, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over stand-ins, whose logits are log-probs: the formula's loss without old log-probs."""
+    adapter = import_torchtitan(monkeypatch)
+    correction = dl_norm.RolloutCorrection(mode=mode, low=0.7, high=1.3)
+    loss_fn = adapter.DeltaLLoss(
+        adapter.DeltaLLoss.Config(options={"rollout_correction": correction})
+    )
+    advantages = rollout.advantages[:, None].expand(rollout.mask.shape)
+    loss, _ = loss_fn(
+        rollout.log_probs, rollout.log_probs, 10, generator_logprobs=rollout.old,
+        advantages=advantages, loss_mask=rollout.mask,
+    )  # fmt: skip
+    true = dl_norm.reference.policy_loss(
+        rollout.log_probs, None, advantages, rollout.mask, torch.full((len(LENGTHS),), 0.1),
+        rollout_log_probs=rollout.old, rollout_correction=correction,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, true, **THEIRS)
+    gradients = [torch.autograd.grad(value, rollout.log_probs)[0] for value in (loss, true)]
+    torch.testing.assert_close(*gradients, **THEIRS)
+
+
 def test_bad_settings_raise_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     titan = import_torchtitan(monkeypatch)
     with pytest.raises(ValueError, match="ratio_level"):
         titan.DeltaLLoss(titan.DeltaLLoss.Config(options={"ratio_level": "sequence"}))
+    for correction in (
+        dl_norm.RolloutCorrection("sequence"),
+        dl_norm.RolloutCorrection(veto=0.1),
+        dl_norm.RolloutCorrection(reject=dl_norm.Reject("k1", "mean", high=2.0)),
+    ):
+        options = {"rollout_correction": correction}
+        with pytest.raises(ValueError, match="sees no sequences"):
+            titan.DeltaLLoss(titan.DeltaLLoss.Config(options=options))
     with pytest.raises(ValueError, match="alpha"):
         titan.DeltaLBatcher(titan.DeltaLBatcher.Config(alpha=-1.0, max_length=M), samples=[])
     with pytest.raises(TypeError, match="max_length"):

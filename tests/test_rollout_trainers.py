@@ -551,8 +551,12 @@ def slime_loss(function: str, data: Data, **args):
 def test_slime(function):
     data = Data()
     mode = "truncate" if function == "vanilla_tis_function" else "mask"
-    loss = slime_loss(function, data, tis_clip_low=0.85, tis_clip=1.2)
-    data.check(loss, RolloutCorrection(mode=mode, low=0.85, high=1.2))
+    args = {"tis_clip_low": 0.85, "tis_clip": 1.2}
+    loss = slime_loss(function, data, **args)
+    path = f"slime.backends.megatron_utils.loss.{function}"
+    correction = settings_of.slime({**args, "use_tis": True, "custom_tis_function_path": path})
+    assert correction == RolloutCorrection(mode=mode, low=0.85, high=1.2)
+    data.check(loss, correction)
 
 
 @pytest.mark.parametrize(
@@ -593,6 +597,8 @@ def test_slime_mis(args, correction):
     ratio = (data.log_probs - data.old).exp()
     advantages = data.advantages[:, None]
     terms = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    given.custom_tis_function_path = "train_infer_mismatch_helper.mis.compute_mis_weights"
+    assert settings_of.slime(given) == correction
     data.check((terms * torch.stack(weights) * torch.stack(masks)).sum(), correction)
 
 
@@ -681,6 +687,18 @@ def nemo_config(folder: str) -> Any:
 # -- ROLL
 
 
+def roll_module() -> Any:
+    functionals = lift(
+        "ROLL/roll/utils/functionals.py", "masked_mean", "masked_sum", "agg_loss", Optional=Optional
+    )
+    segments = lift("ROLL/roll/pipeline/agentic/utils.py", "compute_segment_masked_mean")
+    return lift(
+        "ROLL/roll/utils/train_infer_corrections.py", "_compute_all_granularity",
+        "_infer_global_valid_samples_from_mask", "_infer_global_valid_tokens_from_mask",
+        "compute_train_infer_correction", **vars(functionals), **vars(segments), Dict=dict,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("weight", "filters", "correction"),
     [
@@ -700,15 +718,7 @@ def nemo_config(folder: str) -> Any:
     ],
 )  # fmt: skip
 def test_roll(weight, filters, correction):
-    functionals = lift(
-        "ROLL/roll/utils/functionals.py", "masked_mean", "masked_sum", "agg_loss", Optional=Optional
-    )
-    module = lift(
-        "ROLL/roll/utils/train_infer_corrections.py", "_compute_all_granularity",
-        "_infer_global_valid_samples_from_mask", "_infer_global_valid_tokens_from_mask",
-        "compute_train_infer_correction", **vars(functionals),
-        compute_segment_masked_mean=lambda values, mask: values * mask, Dict=dict,
-    )  # fmt: skip
+    module = roll_module()
     data = Data()
     level, high = weight or ("token", None)
     config = SimpleNamespace(
@@ -723,6 +733,7 @@ def test_roll(weight, filters, correction):
             for agg, low, high in filters
         ],
     )  # fmt: skip
+    assert settings_of.roll(config) == correction
     weights, keep, _ = module.compute_train_infer_correction(
         config, data.mask.long(), data.old, data.rollout
     )

@@ -22,8 +22,9 @@ from torch import Tensor
 
 import dl_norm
 
-from .shared import needed
-from .slime import check_args, check_loss_args, masked_sum, max_length, packed_loss
+from .shared import needed, refuse
+from .slime import check_args, check_loss_args, masked_sum, max_length, with_kernels
+from .slime_loss import packed_loss
 
 _NEEDS = "Miles, from its repository"
 
@@ -85,6 +86,11 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As :func:`dl_norm.integrations.slime.policy_loss`."""
     check_loss_args("Miles", args)
+    refuse(
+        "Miles",
+        {"delta_l_from_logits": getattr(args, "delta_l_from_logits", False)},
+        "its logits come in several forms; leave it out",
+    )
     module = needed("miles.backends.training_utils.loss_hub.logit_processors", _NEEDS)
     streams = module.get_log_probs_and_entropy(
         logits,
@@ -95,6 +101,20 @@ def policy_loss(
         max_seq_lens=batch.get("max_seq_lens"),
     )
     return packed_loss(args, batch, logits, streams["log_probs"])
+
+
+def use_kernels(args: Any = None) -> None:
+    """As :func:`dl_norm.integrations.slime.use_kernels`, of Miles' Megatron backend.
+
+    The gradient is float32; Megatron's fused cross-entropy rounds it to bfloat16. With
+    ``--true-on-policy-mode`` Miles' own code runs.
+    """
+    module = needed("miles.backends.training_utils.loss_hub.logit_processors", _NEEDS)
+    module.calculate_log_probs_and_entropy = with_kernels(
+        module.calculate_log_probs_and_entropy,
+        entropy_grad="entropy_requires_grad",
+        own_code=("true_on_policy",),
+    )
 
 
 def _length(sample: Any) -> int:

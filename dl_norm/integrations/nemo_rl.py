@@ -26,6 +26,7 @@ import dl_norm
 from dl_norm.checks import check_number
 
 from . import rollout as settings_of
+from .log_probs import shard_log_probs
 from .shared import adapter_loss, checked, needed, on_host, refuse, required
 
 # Fields of ClippedPGLossConfig that have no counterpart here.
@@ -190,3 +191,34 @@ def weight_advantages(grpo: Any, *, alpha: float = 1.0) -> None:
         return WeightedEstimator(create(master_config), alpha=alpha)
 
     grpo._create_advantage_estimator = create_weighted
+
+
+def use_kernels(model_utils: Any) -> None:
+    """Make NeMo-RL's log-probs of vocabulary-parallel logits by dl-norm.
+
+    In the policy workers, DTensor's and Megatron's: of this rank's shard, without a float32 softmax
+    of it, whatever ``logprob_chunk_size`` is. Values and gradients are NeMo-RL's. Top-k and top-p
+    go by other functions of NeMo-RL's, which stay.
+
+    Args:
+        model_utils: the module ``nemo_rl.distributed.model_utils``.
+    """
+
+    class Logprob:
+        @staticmethod
+        def apply(logits, target, vocab_start, vocab_end, group, inference_only=False):
+            here = group.rank() * logits.shape[-1]
+            if (vocab_start, vocab_end) != (here, here + logits.shape[-1]):
+                raise ValueError(
+                    f"rank {group.rank()} has the ids [{vocab_start}, {vocab_end}) of the "
+                    f"vocabulary, not {logits.shape[-1]} from {here} on: dl-norm takes even shards"
+                )
+            return shard_log_probs(logits, target, group, entropy=False)[0]
+
+    class ChunkedLogprob:
+        @staticmethod
+        def apply(logits, target, start, end, chunk_size, group, inference_only=False):
+            return Logprob.apply(logits, target, start, end, group, inference_only)
+
+    model_utils.DistributedLogprob = Logprob
+    model_utils.ChunkedDistributedLogprob = ChunkedLogprob

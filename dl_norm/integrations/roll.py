@@ -15,6 +15,8 @@ their mean is sum_i x_i grad sum_t l_it.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dl_norm
+from dl_norm.metrics import PolicyLossMetrics
 from dl_norm.weights import gradient_scale
 
+from . import rollout as settings_of
 from .shared import adapter_loss, on_host, refuse, required
 
 try:
@@ -35,6 +39,7 @@ except ImportError as error:
         "dl_norm.integrations.roll needs ROLL 0.3, from its repository, in the training workers"
     ) from error
 
+_logger = logging.getLogger(__name__)
 SEQUENCE_WEIGHTS = "delta_l_weights"  # key of the (B,) weights in ROLL's batch
 
 
@@ -43,6 +48,12 @@ class DeltaLActorWorker(ActorWorker):
 
     Followed: clip range, ``dual_clip_loss``, ``use_kl_loss`` (k3, under the sequence weights),
     ``rl_loss_coef``, the train-infer correction. Metrics keep ROLL's names.
+
+    The correction is the kernel's (:func:`dl_norm.integrations.rollout.roll`). ROLL's own code
+    makes it where it has done so on the driver (``enable_old_logprobs_recompute``), and, as the log
+    says, for what has no counterpart: segments, differences of probabilities, filters beside
+    ``use_kl_loss``, which take tokens out of the KL term too. A token that the kernel's filter
+    drops still counts in the metrics of the ratio.
     """
 
     alpha: float = 1.0
@@ -111,17 +122,24 @@ class DeltaLActorWorker(ActorWorker):
             input_ids=data.batch["input_ids"],
             attention_mask=data.batch["response_mask"],
         )
-        old_log_probs = self.get_old_log_probs_with_cache(data, log_probs)
-        rollout_weights, mask, more = self._correction(data, old_log_probs, mask)
+        old = self.get_old_log_probs_with_cache(data, log_probs)
         low, high = (
             (config.pg_clip_low, config.pg_clip_high)
             if config.use_pg_clip_range
             else (config.pg_clip, config.pg_clip)
         )
-        beta = config.kl_loss_coef if config.use_kl_loss else 0.0
+        correction, mask, more = self._correction(data, old, mask)
+        kl = {"ref_log_probs": data.batch["ref_log_probs"]} if self._beta() else {}
+        options = {
+            "log_ratio_clamp": None,  # ROLL clamps nothing
+            "beta": self._beta(),
+            **kl,
+            **correction,
+            **self.options,
+        }
         loss, seen = adapter_loss(
             log_probs,
-            old_log_probs,
+            old,
             data.batch["advantages"],
             mask,
             weights=weights,
@@ -130,10 +148,7 @@ class DeltaLActorWorker(ActorWorker):
                 "eps_high": high,
                 "dual_clip": 1 + 2 * config.pg_clip if config.dual_clip_loss else None,
             },
-            ref_log_probs=data.batch["ref_log_probs"] if beta else None,
-            beta=beta,
-            rollout_weights=rollout_weights,
-            **{"log_ratio_clamp": None, **self.options},  # ROLL clamps nothing
+            **options,
         )
         total = loss * config.rl_loss_coef
         count = torch.as_tensor(tokens.get("final_response_mask", tokens["response_mask"]))
@@ -146,27 +161,66 @@ class DeltaLActorWorker(ActorWorker):
             "actor/policykl@sum": seen.kl_old_k1 / count,
             "actor/kl_loss@sum": seen.kl_ref / count,
             "actor/ratio_max@max": seen.ratio_max,
-            "actor/pg_loss@sum": loss.detach(),
             "actor/total_loss@sum": total.detach(),
         }
+        if not self._beta():  # the kernel adds the KL term up with the rest
+            values["actor/pg_loss@sum"] = loss.detach()
+        if seen.rollout is not None:
+            values |= _correction_means(seen, tokens["response_mask"])
         return total, {**on_host(values), **more}
 
-    def _correction(self, data, old_log_probs: Tensor, mask: Tensor):
-        """ROLL's correction for the gap between trainer and sampler: weights, mask, metrics."""
+    def _beta(self) -> float:
         config = self.pipeline_config
-        use = config.train_infer_correction.is_weight.enabled
+        return config.kl_loss_coef if config.use_kl_loss else 0.0
+
+    def _correction(self, data, old: Tensor, mask: Tensor):
+        """For the gap between trainer and sampler: options of the loss, mask, ROLL's metrics."""
+        config = self.pipeline_config
+        settings = config.train_infer_correction
         if config.enable_old_logprobs_recompute:
-            return data.batch["train_infer_is_weight"] if use else None, mask, {}
+            weights = data.batch["train_infer_is_weight"] if settings.is_weight.enabled else None
+            return {"rollout_weights": weights}, mask, {}
         sampled = data.batch.get("infer_logprobs", None)
+        sampled = old if sampled is None or not len(sampled) else sampled
+        try:
+            correction = settings_of.roll(settings)
+            if correction is not None and correction.reject and self._beta():
+                raise ValueError("ROLL's filters take tokens out of use_kl_loss's term too")
+        except ValueError as error:
+            _say(f"{error}: ROLL's own compute_train_infer_correction runs")
+            return self._own_correction(data, old, sampled, mask)
+        if correction is None:
+            return {}, mask, {}
+        return {"rollout_correction": correction, "rollout_log_probs": sampled}, mask, {}
+
+    def _own_correction(self, data, old: Tensor, sampled: Tensor, mask: Tensor):
+        config = self.pipeline_config.train_infer_correction
         weights, keep, metrics = compute_train_infer_correction(
-            cfg=config.train_infer_correction,
+            cfg=config,
             response_mask=data.batch["response_mask"][:, 1:].long(),
-            old_log_probs=old_log_probs,
-            infer_log_probs=old_log_probs if sampled is None or not len(sampled) else sampled,
+            old_log_probs=old,
+            infer_log_probs=sampled,
             global_valid_samples=data.meta_info["global_valid_samples"]["response_mask"],
             global_valid_tokens=data.meta_info["batch_num_tokens"]["response_mask"],
         )
-        return weights if use else None, mask * (keep != 0), metrics
+        options = {"rollout_weights": weights} if config.is_weight.enabled else {}
+        return options, mask * (keep != 0), metrics
+
+
+@functools.cache
+def _say(text: str) -> None:
+    _logger.warning("dl_norm: %s", text)
+
+
+def _correction_means(seen: PolicyLossMetrics, tokens: Any) -> dict[str, Tensor]:
+    """Under ROLL's names; its means of ratios are over sequences, these over tokens."""
+    rollout, tokens = seen.rollout, torch.as_tensor(tokens)
+    assert rollout is not None
+    return {
+        "actor/train_infer_ratio_token_mean@sum": (seen.tokens + rollout.k3 - rollout.k1) / tokens,
+        "actor/is_weight_clipfrac@sum": rollout.truncated / tokens,
+        "actor/train_infer_final_mask_mean": 1 - rollout.masked / seen.tokens.clamp(min=1),
+    }
 
 
 def _mask(data: Any) -> Any:

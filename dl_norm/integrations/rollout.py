@@ -7,6 +7,7 @@ them has no counterpart, and raises for it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,6 +105,86 @@ def skyrl(config: Any) -> RolloutCorrection:
         ]
         rejects.append(Reject("k1", over, *_pair(config, bounds)))
     return RolloutCorrection(level or "none", high=high, reject=tuple(rejects))
+
+
+def slime(args: Any) -> RolloutCorrection | None:
+    """Of slime's and Miles' arguments: ``use_tis`` with ``tis_clip_low`` and ``tis_clip``, and by
+    ``custom_tis_function_path`` their IcePop, or their example ``train_infer_mismatch_helper``
+    (MIS) with its ``tis_*`` and ``rs_*``.
+
+    None where ``use_tis`` is off. ``tis_batch_normalize`` is :func:`dl_norm.rollout_mean_weight` of
+    the whole rollout (slime's is that of a micro-batch).
+
+    Raises:
+        ValueError: a function of one's own, ``use_rollout_logprobs``.
+    """
+    if not _get(args, "use_tis", False):
+        return None
+    if _get(args, "use_rollout_logprobs", False):
+        raise ValueError(
+            "use_rollout_logprobs takes the rollout for the old policy, so use_tis has nothing to "
+            "correct: leave one of them out"
+        )
+    path = _get(args, "custom_tis_function_path", None)
+    if path is None or path in _SLIME_TIS:
+        mode = "truncate" if path is None else _SLIME_TIS[path]
+        bounds = _bounds(_get(args, "tis_clip_low", None), _get(args, "tis_clip", None))
+        return RolloutCorrection("token", mode, *bounds)
+    if not _SLIME_MIS.search(path):
+        raise ValueError(
+            f"custom_tis_function_path={path!r} is a function that dl_norm cannot read as settings;"
+            f" it knows {', '.join(_SLIME_TIS)} and train_infer_mismatch_helper.mis. Use the "
+            "reducer, which keeps the trainer's own loss"
+        )
+    return _slime_mis(args)
+
+
+def slime_normalises(args: Any) -> bool:
+    """Whether slime's settings ask for a mean weight of 1: its MIS with ``tis_batch_normalize``."""
+    path = _get(args, "custom_tis_function_path", None) or ""
+    asked = _get(args, "use_tis", False) and _get(args, "tis_batch_normalize", False)
+    return bool(asked and _SLIME_MIS.search(path))
+
+
+_SLIME_MIS = re.compile(r"(^|\.)train_infer_mismatch_helper\.mis\.compute_mis_weights\w*$")
+_SLIME_TIS = {
+    f"{module}.{function}": mode
+    for module in (
+        "slime.backends.megatron_utils.loss", "miles.backends.training_utils.loss_hub.corrections"
+    )
+    for function, mode in {"vanilla_tis_function": "truncate", "icepop_function": "mask"}.items()
+}  # fmt: skip
+
+
+def _slime_mis(args: Any) -> RolloutCorrection:
+    if _get(args, "tis_batch_normalize", False) and (
+        _get(args, "tis_mode", "truncate") == "mask"
+        or _get(args, "tis_level", "token") not in ("token", "sequence")
+    ):
+        raise ValueError(
+            "tis_batch_normalize has a counterpart at the levels token and sequence with tis_mode "
+            "truncate or clip: set tis_batch_normalize: false"
+        )
+    kind = _get(args, "tis_mode", "truncate")
+    upper = _get(args, "tis_upper_bound", None)
+    if upper is None:
+        raise ValueError("train_infer_mismatch_helper needs tis_upper_bound: set it")
+    lower = _get(args, "tis_lower_bound", None)
+    lower = 1.0 / upper if lower is None else lower
+    mode = {"truncate": "truncate", "clip": "truncate", "mask": "mask"}[kind]
+    reject, veto = (), None
+    if _get(args, "use_rs", False):
+        over = {"token": "token", "sequence": "sum", "geometric": "mean"}[
+            _get(args, "rs_level", "token")
+        ]
+        low, high = _get(args, "rs_lower_bound", None), _get(args, "rs_upper_bound", None)
+        low, high = lower if low is None else low, upper if high is None else high
+        reject = Reject("k1", over, low, high)
+        veto = _get(args, "rs_veto_threshold", None)
+    return RolloutCorrection(
+        _get(args, "tis_level", "token"), mode, 0.0 if kind == "truncate" else lower, upper,
+        reject=reject, veto=veto or 0.0,
+    )  # fmt: skip
 
 
 def nemo_rl(config: Any) -> RolloutCorrection | None:
@@ -253,6 +334,39 @@ def openrlhf_gate(
         total = apart.masked_fill(~counted, 0.0).sum(-1, keepdim=True)
         apart = total / counted.sum(-1, keepdim=True).clamp(min=1)
     return counted & (apart <= float(_get(config, "is_correction_threshold", ())[1]))
+
+
+def roll(config: Any) -> RolloutCorrection | None:
+    """Of ROLL's ``train_infer_correction``: ``is_weight`` and ``filters``.
+
+    None where all of it is off. ``detach`` changes nothing: what ROLL makes the weight of has no
+    gradient.
+
+    Raises:
+        ValueError: level "segment", ``diff_enabled`` (differences of probabilities).
+    """
+    weight, level, high = config.is_weight, "none", None
+    if weight.enabled:
+        level, high = weight.weight_type, weight.upper_bound
+    rejects = [_roll_reject(rule) for rule in _get(config, "filters", ()) if rule.enabled]
+    rejects = tuple(reject for reject in rejects if reject is not None)
+    if level == "segment":
+        raise ValueError("ROLL's is_weight.weight_type='segment' has no counterpart")
+    if level == "none" and not rejects:
+        return None
+    return RolloutCorrection(level, "truncate", *_bounds(None, high), reject=rejects)
+
+
+def _roll_reject(rule: Any) -> Reject | None:
+    over = {"token": "token", "geometric": "mean", "sequence": "sum"}.get(rule.agg_type)
+    if over is None or rule.diff_enabled:
+        raise ValueError(
+            f"ROLL's filter with agg_type={rule.agg_type!r} and diff_enabled={rule.diff_enabled} "
+            "has no counterpart: ratios of token, geometric and sequence have"
+        )
+    if not rule.ratio_enabled or (rule.ratio_low <= 0 and rule.ratio_high == math.inf):
+        return None
+    return Reject("k1", over, max(rule.ratio_low, 0.0), rule.ratio_high)
 
 
 def _get(config: Any, name: str, default: Any) -> Any:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,45 +70,43 @@ def token_mean_factors(lengths: list[int], *, alpha: float = 1.0, max_length: in
 
 
 def adapter_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    *,
+    *streams: Tensor | None,
     weights: float | Tensor = 1.0,
-    cu_seqlens: Tensor | None = None,
     clip: dict[str, Any] | None = None,
+    unweighted_terms: bool = False,
+    of: Callable[..., Any] | None = None,
     **options: Any,
-) -> tuple[Tensor, PolicyLossMetrics]:
+) -> tuple[Tensor, Any]:
     """:func:`dl_norm.policy_loss` and its metrics, as an adapter calls it.
 
     Args:
+        *streams: log-probs, old ones, advantages and mask, as the loss takes them. A mask of None
+            counts every token of a padded batch.
         weights: of the sequences: (G,), or one number for all of them, such as 1 where the
             advantages carry the weights. A 0-dim tensor is not read on the host.
-        mask: None counts every token of a padded batch.
         clip: the trainer's clip settings. Left out if ``options`` name a surrogate other than
             "clip": it brings its own.
+        unweighted_terms: the trainer's own loss has a term without the advantage, which stays
+            without the weights that the advantages carry.
+        of: another loss, :func:`dl_norm.logits_policy_loss`, whose first tensors come first and
+            whose outputs take the place of the metrics.
         **options: the user's, over ``clip``; and what else :func:`dl_norm.policy_loss` takes.
     """
+    log_probs, *others, mask = streams
+    assert log_probs is not None
+    cu_seqlens = options.get("cu_seqlens")
     if mask is None and cu_seqlens is None:
         mask = torch.ones_like(log_probs, dtype=torch.bool)
     sequences = log_probs.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if clip and options.get("surrogate", "clip") == "clip":
         options = {**clip, **options}
     on_advantages = not (isinstance(weights, Tensor) and weights.ndim)
-    if on_advantages and not torch.compiler.is_compiling():  # who compiles it checks before
+    # Who compiles it checks before.
+    if on_advantages and not unweighted_terms and not torch.compiler.is_compiling():
         check_scales_with_advantages(options)
-    outputs: Any = dl_norm.policy_loss(
-        log_probs,
-        old_log_probs,
-        advantages,
-        mask,
-        torch.ones(sequences, device=log_probs.device) * weights,
-        cu_seqlens=cu_seqlens,
-        return_metrics=True,
-        **options,
-    )
-    return outputs
+    of_sequences = torch.ones(sequences, device=log_probs.device) * weights
+    loss: Any = of or dl_norm.policy_loss
+    return loss(log_probs, *others, mask, of_sequences, return_metrics=True, **options)
 
 
 def checked(options: dict[str, Any], *, rollout: bool = False) -> dict[str, Any]:
@@ -182,6 +181,13 @@ def required(value: Any, name: str, remedy: str) -> Any:
     if value is None:
         raise ValueError(f"{name} is missing: {remedy}")
     return value
+
+
+def setting(config: Any, name: str, default: Any) -> Any:
+    """A trainer's setting, of an object or a mapping."""
+    if isinstance(config, Mapping):
+        return config.get(name, default)
+    return getattr(config, name, default)
 
 
 def refuse(trainer: str, options: dict[str, Any], remedy: str) -> None:

@@ -20,6 +20,7 @@ mean of the B / G steps is the whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,16 @@ import torch
 from torch import Tensor
 
 import dl_norm
+from dl_norm import KeptSets
 
-from .shared import adapter_loss, clip_fraction, needed, offsets, refuse, required, row_factors
+from . import rollout as settings_of
+from .kept import listed_sets
+from .log_probs import shard_log_probs
+from .shared import needed, offsets, refuse, required, row_factors
+from .slime_loss import loss_of_logits, mean_weight, normalises, packed_loss
 
 _NEEDS = "slime with its Megatron backend, from its repository"
-_OWN_LOSS_ONLY = ("use_kl_loss", "entropy_coef", "use_tis", "get_mismatch_metrics", "use_opsm")
+_OWN_LOSS_ONLY = ("use_kl_loss", "entropy_coef", "get_mismatch_metrics", "use_opsm")
 
 
 def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
@@ -43,7 +49,8 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         rollout_data: this rank's samples: ``rewards``, ``response_lengths``, ``loss_masks`` and
             ``kl`` (slime puts it there before the call), and ``rollout_mask_sums``, the counted
             tokens of a sample's whole rollout; without them each sample is a rollout. Sets
-            ``advantages`` and ``returns``.
+            ``advantages`` and ``returns``. With ``tis_batch_normalize`` the mean weight of the
+            rollout, ``args.delta_l_mean_weight``, for :func:`policy_loss`.
     """
     check_args("slime", args)
     masks = rollout_data["loss_masks"]
@@ -51,6 +58,8 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         torch.cat(masks), offsets(rollout_data["response_lengths"], masks[0].device)
     )
     group = needed("megatron.core", _NEEDS).mpu.get_data_parallel_group()
+    if normalises(args):
+        args.delta_l_mean_weight = mean_weight(args, rollout_data, group)
     factors = row_factors(
         lengths,
         alpha=getattr(args, "delta_l_alpha", 1.0),
@@ -97,7 +106,10 @@ def policy_loss(
 
     The packed (N,) response tokens go to :func:`dl_norm.policy_loss` with cu_seqlens, without a
     loop over samples. ``sum_of_sample_mean`` is not used. ``args.delta_l_options``, a mapping in
-    the custom configuration, has options of :func:`dl_norm.policy_loss`.
+    the custom configuration, has options of :func:`dl_norm.policy_loss`. With ``--use-tis`` the
+    kernel weights the tokens (:func:`dl_norm.integrations.rollout.slime`). With
+    ``args.delta_l_from_logits`` the loss goes from this tensor-parallel rank's logits to their
+    gradient (:func:`dl_norm.logits_policy_loss`), and slime's log-probs are not computed.
 
     Returns:
         (loss, metrics), metrics 0-dim tensors under slime's names. slime divides metrics by the
@@ -109,6 +121,8 @@ def policy_loss(
             field of the batch, tokens cut over context-parallel ranks.
     """
     check_loss_args("slime", args)
+    if getattr(args, "delta_l_from_logits", False):
+        return loss_of_logits(args, batch, logits, needed("megatron.core", _NEEDS).mpu)
     module = needed("slime.backends.megatron_utils.loss", _NEEDS)
     _, streams = module.get_log_probs_and_entropy(
         logits,
@@ -122,7 +136,68 @@ def policy_loss(
     return packed_loss(args, batch, logits, streams["log_probs"])
 
 
+def use_kernels(args: Any = None) -> None:
+    """Make slime's log-probs and entropy by dl-norm, as ``--custom-megatron-init-path``.
+
+    For every loss of slime's, and its passes for old and reference log-probs: of this
+    tensor-parallel rank's shard of the vocabulary, without slime's float32 softmax of it. Values
+    and gradients are slime's. With top-p sets (``--rollout-top-p``) slime's own code runs.
+    """
+    module = needed("slime.backends.megatron_utils.loss", _NEEDS)
+    module.calculate_log_probs_and_entropy = with_kernels(
+        module.calculate_log_probs_and_entropy,
+        entropy_grad="with_entropy_grad",
+        own_code=("log_prob_keep_mask",),
+    )
+
+
+def kept_sets(batch: dict[str, Any], device: torch.device) -> tuple[KeptSets, Tensor | None]:
+    """slime's top-p sets of a micro-batch as those of its packed response tokens.
+
+    slime's hook gets logits, so :func:`policy_loss` leaves the masking of these to slime. Who has
+    hidden states hands the sets to :func:`dl_norm.integrations.kept.log_probs` or to
+    :func:`dl_norm.linear_policy_loss`. slime keeps a token that is outside its set, which here is a
+    ValueError, or NaN on a GPU; one behind the recorded sets is over the whole vocabulary.
+
+    Args:
+        batch: ``rollout_top_p_token_ids``, ``rollout_top_p_token_offsets``, ``response_lengths``.
+
+    Returns:
+        The sets and which tokens have one: :func:`dl_norm.integrations.kept.listed_sets`.
+    """
+    ids, offsets_of = (
+        required(batch.get(f"rollout_top_p_token_{name}"), name, "--rollout-top-p below 1 sends it")
+        for name in ("ids", "offsets")
+    )
+    return listed_sets(ids, offsets_of, batch["response_lengths"], device)
+
+
 # -- for slime and Miles
+
+
+def with_kernels(original: Any, *, entropy_grad: str, own_code: tuple[str, ...]) -> Any:
+    """slime's or Miles' ``calculate_log_probs_and_entropy`` by dl-norm.
+
+    Args:
+        entropy_grad: its option that says whether the entropy has a gradient.
+        own_code: options with which it has to run itself.
+    """
+
+    @functools.wraps(original)
+    def calculate(logits, tokens, tp_group, with_entropy=False, **options):
+        own = [options.get(name) for name in own_code]
+        if logits.size(0) == 0 or any(not (o is None or o is False) for o in own):
+            return original(logits, tokens, tp_group, with_entropy=with_entropy, **options)
+        log_probs, entropy = shard_log_probs(
+            logits,
+            tokens,
+            tp_group,
+            entropy=with_entropy,
+            entropy_grad=options.get(entropy_grad, True),
+        )
+        return log_probs[:, None], entropy
+
+    return calculate
 
 
 def max_length(args: Any) -> int:
@@ -142,6 +217,12 @@ def check_args(trainer: str, args: Any) -> None:
         "it would act on the advantages after they carry the DeltaL weights; turn it off",
     )
     _check_reduction(args.calculate_per_token_loss)
+    for name in ("delta_l_options", "delta_l_from_logits"):
+        if getattr(args, name, None) and getattr(args, "loss_type", None) == "policy_loss":
+            raise ValueError(
+                f"{name} is of the fused loss, and with --loss-type policy_loss {trainer}'s own "
+                "runs: set --loss-type custom_loss and --custom-loss-function-path, or leave it out"
+            )
     max_length(args)
 
 
@@ -152,6 +233,7 @@ def check_loss_args(trainer: str, args: Any) -> None:
         {name: getattr(args, name, False) for name in _OWN_LOSS_ONLY},
         f"use the reducer, dl_norm.integrations.{trainer.lower()}.pg_loss_reducer",
     )
+    settings_of.slime(args)
     if getattr(args, "advantage_estimator", "grpo") in ("gspo", "cispo"):
         raise ValueError(f"{trainer}'s gspo and cispo need its own loss: use the reducer")
     _check_reduction(args.calculate_per_token_loss)
@@ -173,41 +255,6 @@ def masked_sum(
         return (pg_loss.masked_fill(mask == 0, 0.0) * mask).sum()
 
     return reduce
-
-
-def packed_loss(
-    args: Any, batch: dict[str, Any], logits: Tensor, log_probs: list[Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of a micro-batch from the log-probs of its responses."""
-    lengths, new = batch["response_lengths"], torch.cat(log_probs)
-    if new.shape[0] != sum(lengths):
-        raise ValueError("tokens are cut over context-parallel ranks: use the reducer instead")
-    if args.use_rollout_logprobs:
-        old = batch["rollout_log_probs"]
-    else:
-        old = None if getattr(args, "skip_actor_forward_only", False) else batch.get("log_probs")
-    loss, seen = adapter_loss(
-        new,
-        torch.cat(old) if old else None,
-        torch.cat(required(batch.get("advantages"), "advantages", "they are computed before")),
-        torch.cat(batch["loss_masks"]),
-        cu_seqlens=offsets(lengths, new.device),
-        clip={
-            "eps_low": args.eps_clip,
-            "eps_high": args.eps_clip_high,
-            "dual_clip": getattr(args, "eps_clip_c", None),
-        },
-        **(getattr(args, "delta_l_options", None) or {}),
-    )
-    if new.numel() == 0:
-        loss = loss + 0 * logits.sum()  # every rank runs backward
-    samples = len(lengths)
-    return loss, {
-        "loss": loss.detach(),
-        "pg_loss": loss.detach(),
-        "pg_clipfrac": clip_fraction(seen) * samples,
-        "ppo_kl": seen.kl_old_k1 / seen.tokens.clamp(min=1) * samples,
-    }
 
 
 def _rollouts(lengths: Tensor, of_rollouts: Any) -> Tensor:

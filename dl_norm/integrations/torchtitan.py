@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dl_norm.rollout import needs_sequences, rollout_of
+
 from .shared import (
     adapter_loss,
     check_scales_with_advantages,
@@ -77,6 +79,11 @@ class DeltaLLoss(BaseLoss):
     A plain sum over the tokens divided by ``global_valid_tokens``, for a :class:`DeltaLBatcher`. It
     may be the ``loss_fn`` of ``ChunkedLossWrapper``. Where sequences begin is not known here, so a
     ``ratio_level`` of sequences raises ValueError.
+
+    To torchtitan's losses the generator is the old policy. With a ``rollout_correction`` among the
+    options it is the rollout, and the current policy is its own old one: the gradient is that of
+    -A w log pi with the constant w = pi / pi_generator, truncated or masked by the correction (TIS,
+    IcePop), whose level and rejections are of tokens.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -85,10 +92,18 @@ class DeltaLLoss(BaseLoss):
         """Of :func:`dl_norm.policy_loss`: ``eps_low``, ``eps_high``, ``surrogate``, ..."""
 
     def __init__(self, config: Config, *, compile_config: Any = None):
-        self.options = checked({"log_ratio_clamp": _LOG_RATIO_CLAMP, **config.options})
+        options = {"log_ratio_clamp": _LOG_RATIO_CLAMP, **config.options}
+        self.options = checked(options, rollout=True)
         check_scales_with_advantages(self.options)
         if self.options.get("ratio_level", "token") != "token":
             raise ValueError("torchtitan's loss sees no sequences: ratio_level must be 'token'")
+        correction = rollout_of(self.options.get("rollout_correction"))
+        if needs_sequences(correction):
+            raise ValueError(
+                "torchtitan's loss sees no sequences: a rollout_correction must have level='token' "
+                "(or 'none') and reject over='token', without veto"
+            )
+        self.corrects = correction.level != "off"
 
     def __call__(
         self,
@@ -108,16 +123,25 @@ class DeltaLLoss(BaseLoss):
         log_probs, entropy = compute_logprobs(logits, labels, return_entropy=True)
         mask = (loss_mask != 0) & torch.isfinite(generator_logprobs)
         tokens = 1 if global_valid_tokens is None else max(global_valid_tokens, 1)
-        streams = (log_probs, generator_logprobs, advantages, mask)
+        log_probs, generated, *others = (
+            stream.reshape(1, -1) for stream in (log_probs, generator_logprobs, advantages, mask)
+        )
         loss, seen = adapter_loss(
-            *(stream.reshape(1, -1) for stream in streams),
+            log_probs,
+            None if self.corrects else generated,
+            *others,
             weights=1 / tokens,
+            rollout_log_probs=generated if self.corrects else None,
             **self.options,
         )
+        ratio, clipped = seen.ratio, clip_fraction(seen) * seen.tokens
+        if seen.rollout is not None:  # of exp(d), by k1 = -d and k3 = exp(d) - 1 - d
+            ratio = seen.tokens + seen.rollout.k3 - seen.rollout.k1
+            clipped = seen.rollout.truncated + seen.rollout.masked
         return loss, {
             "loss/mean": loss.detach(),
-            "loss/ratio_mean": seen.ratio / tokens,
-            "loss/ratio_clipped_frac": clip_fraction(seen) * seen.tokens / tokens,
+            "loss/ratio_mean": ratio / tokens,
+            "loss/ratio_clipped_frac": clipped / tokens,
             "trainer/entropy/mean": (entropy * mask).sum() / tokens,
         }
 
