@@ -338,6 +338,27 @@ def test_prompts(model_path, tmp_path, aggregation, drop):
     assert (loss == trainer._compute_loss(trainer.model, batch)).item() == drop
 
 
+def test_a_prompt_whose_token_advantages_add_up_to_zero_has_a_signal(
+    model_path, tmp_path, monkeypatch
+):
+    trainer, _ = build(
+        DeltaLGRPOTrainer, model_path, tmp_path, drop_zero_advantage_groups=True,
+        per_device_train_batch_size=16,
+    )  # fmt: skip
+    theirs = GRPOTrainer._generate_and_score_completions
+
+    def per_token(self, inputs):
+        batch = theirs(self, inputs)
+        batch["advantages"] = torch.zeros(batch["completion_ids"].shape)
+        batch["advantages"][5, :2] = torch.tensor([1.0, -1.0])
+        return batch
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", per_token)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([prompts()[i // 4] for i in range(16)])
+    assert (batch["sequence_weights"] > 0).tolist() == [i // 4 == 1 for i in range(16)]
+
+
 def test_all_completions_masked_gives_zero_loss_and_gradient(model_path, tmp_path):
     def endless(prompts, trainer):
         ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
