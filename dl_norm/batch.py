@@ -142,16 +142,20 @@ def make_batch(
                 f"{tuple(sequence_mask.shape)}: a mask of tokens is an entropy_mask"
             )
         sequence_mask = sequence_mask[:, None]
-    weights_dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    weights_dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
+    if weights.dtype != weights_dtype:
+        weights = weights.to(weights_dtype)
     batch = Batch(
-        log_probs, old_log_probs, ref_log_probs, advantages, mask, rollout_weights,
-        weights.to(weights_dtype), cu_seqlens, rollout_log_probs,
+        log_probs, old_log_probs, ref_log_probs, advantages, mask, rollout_weights, weights,
+        cu_seqlens, rollout_log_probs,
     )  # fmt: skip
     if rollout_mean_weight is not None:
         factor = rollout_mean_weight.to(weights_dtype).reciprocal()
         batch = batch._replace(policy_weights=factor.expand(sequences, 1))
     if values_are_free(weights) and values_are_free(log_probs):
         _check_weights_fit(batch)
+    if entropy_mask is sequence_mask is None:
+        return batch
     return _with_masks(batch, entropy_mask, sequence_mask)
 
 

@@ -35,7 +35,7 @@ def make_call(
         raise ValueError(
             f"beta = {terms.beta} needs ref_log_probs, the reference policy's log-probs"
         )
-    if not (terms.beta or metrics):
+    if batch.ref_log_probs is not None and not (terms.beta or metrics):
         batch = batch._replace(ref_log_probs=None)  # multiplied by zero
     return batch, terms
 
