@@ -86,12 +86,6 @@ class Clip(Surrogate, kind="clip"):
         low = by_sign(advantage, 0.0, negative_low)
         return low, by_sign(advantage, positive_high, negative_high)
 
-    @classmethod
-    def counted(cls, log_prob: Tensor, ratio: Tensor, advantage: Tensor, *settings: float):
-        low, high = cls.bounds(advantage, *settings)
-        # As numbers, which a CPU multiplies and adds several times faster than flags.
-        return ratio.clone().lt_(low), ratio.clone().gt_(high)
-
     @staticmethod
     def device() -> JITFunction:
         from ..kernels.surrogates import clip
