@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -140,7 +142,12 @@ def peak_memory(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # NumPy's zeros from torch's allocator, which is the one that is recorded.
+    recorded_zeros = patch.object(np, "zeros", _zeros_of_torch)
+    with (
+        recorded_zeros,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
+    ):
         call()
     # The list of raw events: `recorded.events()` leaves out what an operator allocates inside.
     profiler: Any = recorded.profiler
@@ -152,6 +159,10 @@ def peak_memory(call: Call, device: torch.device) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
+
+
+def _zeros_of_torch(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    return torch.zeros(shape, dtype=getattr(torch, np.dtype(dtype).name)).numpy()
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:
