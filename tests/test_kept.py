@@ -630,23 +630,25 @@ def test_inside_torch_compile(make_case, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_operators_have_the_shapes_that_they_say(make_case, dtype):
-    from dl_norm.kept.autograd import kept_log_probs_op, kept_op
     from dl_norm.options import make_token_loss
-    from dl_norm.rows.records import RowSettings, TokenRows
+    from dl_norm.rows.autograd import linear_op, log_probs_op
+    from dl_norm.rows.chunks import ChunkOptions
+    from dl_norm.rows.records import WHOLE, RowSettings, TokenRows
 
     case = make_case(dtype=dtype)
     ids, active = case.token_ids.flatten(), case.mask.flatten()
     weights = torch.rand(21, device=ids.device)
     rows = TokenRows(ids, active, weights * active, weights * active, case.old.flatten())
-    settings = RowSettings(0.7, 5.0, make_token_loss(), metrics=True, entropy=True)
-    tensors = case.hidden, case.weight, case.bias
-    for needed in ((True, True, True), (True, False, False), (False, False, False)):
-        arguments = kept_op.arguments(*tensors, rows, settings, case.kept, "torch", needed)
-        torch.library.opcheck(kept_op.op, tuple(arguments), test_utils=CHECKS)
-    arguments = kept_log_probs_op.arguments(
-        *tensors, ids, active, 0.7, 5.0, True, case.kept, "torch"
+    settings = RowSettings(
+        0.7, 5.0, make_token_loss(), metrics=True, entropy=True, sum_sq_probs=True
     )
-    torch.library.opcheck(kept_log_probs_op.op, tuple(arguments), test_utils=CHECKS)
+    tensors = case.hidden, case.weight, case.bias
+    last = ChunkOptions(), case.kept, "torch"
+    for needed in ((True, True, True), (True, False, False), (False, False, False)):
+        arguments = linear_op.arguments(*tensors, rows, settings, *last, needed)
+        torch.library.opcheck(linear_op.op, tuple(arguments), test_utils=CHECKS)
+    arguments = log_probs_op.arguments(*tensors, ids, active, 0.7, 5.0, True, True, WHOLE, *last)
+    torch.library.opcheck(log_probs_op.op, tuple(arguments), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import LOG_PROB_DTYPES
 from ..device import implementation_for
-from ..kept.autograd import KeptPolicyLossFunction
 from ..kept.sets import KeptSets, check_kept
 from ..keywords import Impl, LinearOptions, LossOptions
 from .autograd import LinearPolicyLossFunction
@@ -183,6 +182,7 @@ def linear_policy_loss(
             hidden, lm_head_weight, bias, tp_group, vocab_size, partial_hidden_grad
         )
     check_head(hidden, lm_head_weight, bias, empty=shard.spread)
+    vocabulary = shard.vocabulary if shard.spread else lm_head_weight.shape[0]
     wanted = Wanted(entropy, return_log_probs, return_metrics, sum_sq_probs)
     settings, rows, rollout_sums = make_row_call(
         "linear_policy_loss", hidden, token_ids,
@@ -190,17 +190,11 @@ def linear_policy_loss(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
         ),
         row_settings(temperature, logit_softcap, wanted, shard),
-        vocabulary=shard.vocabulary if shard.spread else lm_head_weight.shape[0],
-        wanted=wanted, bonus=EntropyBonus(entropy_coef, entropy_weights),
+        vocabulary=vocabulary, wanted=wanted, bonus=EntropyBonus(entropy_coef, entropy_weights),
     )  # fmt: skip
-    function, third = LinearPolicyLossFunction, chunks
     if kept is not None:
-        chunks.check_unused(
-            entropy_coef=rows.entropy_weights is not None, sum_sq_probs=sum_sq_probs,
-            tp_group=shard.spread,
-        )  # fmt: skip
-        check_kept(kept, token_ids, mask, lm_head_weight.shape[0])
-        function, third = KeptPolicyLossFunction, kept
+        chunks.check_unused()
+        check_kept(kept, token_ids, mask, vocabulary)
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)
     needed = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -208,8 +202,8 @@ def linear_policy_loss(
     )
     # What autocast asks for has been done: inside, it would cast the products' float32 operands.
     with without_autocast(hidden.device.type):
-        results = function.apply(
-            hidden, lm_head_weight, bias, rows, settings, third,
+        results = LinearPolicyLossFunction.apply(
+            hidden, lm_head_weight, bias, rows, settings, chunks, kept,
             implementation_for(impl, hidden), needed,
         )  # fmt: skip
     return wanted.outputs(results, token_ids.shape, weights, settings, rollout_sums)
