@@ -376,8 +376,8 @@ def test_opcheck_linear(dtype, impl, make):
         (bias, ChunkOptions(), PLAIN, (False, False, False)),
     ):
         opcheck(
-            row_autograd.linear_op, hidden, head, bias_or_none, rows_of(given), settings, chunks, None,
-            impl, needed,
+            row_autograd.linear_op, hidden, head, bias_or_none, rows_of(given), settings, chunks,
+            None, impl, needed,
         )  # fmt: skip
 
 
