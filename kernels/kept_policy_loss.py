@@ -23,8 +23,8 @@ def _rows_of_head(HEAD, ids, present, stride, start, column, inside, VECTOR: tl.
 @triton.jit(
     do_not_specialize=["vectors", "hidden_stride", "head_stride"],
     do_not_specialize_on_alignment=[
-        "BIAS", "IDS", "HITS", "OFFSETS", "BAD", "SCORES", "REFERENCES", "LOG_TOTALS", "LOG_PROBS",
-        "ENTROPY", "SQUARES", "OUT_SUMS",
+        "BIAS", "IDS", "HITS", "OFFSETS", "ACTIVE", "BAD", "SCORES", "REFERENCES", "LOG_TOTALS",
+        "LOG_PROBS", "ENTROPY", "SQUARES", "OUT_SUMS",
     ],
 )  # fmt: skip
 def kept_log_probs_kernel(
@@ -34,6 +34,7 @@ def kept_log_probs_kernel(
     IDS,
     HITS,
     OFFSETS,
+    ACTIVE,
     BAD,
     SCORES,
     REFERENCES,
@@ -56,8 +57,8 @@ def kept_log_probs_kernel(
 
     The probability of an entry is exp((score - REFERENCES) / temperature - LOG_TOTALS). A token
     without entries, whose set is itself or which does not count, has log-prob and entropy 0; a BAD
-    one NaN. SQUARES, the sum of the squared probabilities, keeps what it holds of a token without
-    entries. ENTROPY and SQUARES may be None.
+    one NaN. SQUARES, the sum of the squared probabilities, is 1 where the set is the token itself,
+    which is ACTIVE then. ENTROPY and SQUARES may be None.
 
     Where the vocabulary is spread over processes, OUT_SUMS, (3 to 5, N), is written, and of the
     others SCORES alone: the largest score, at least the lowest number; the exponent of the token's
@@ -143,8 +144,9 @@ def kept_log_probs_kernel(
             entropy = log_total - dot / total
             tl.store(ENTROPY + n, tl.where(bad, float("nan"), entropy))
         if SQUARES is not None:
-            of_set = tl.where(bad, float("nan"), square / (total * total))
-            tl.store(SQUARES + n, of_set, mask=(end > begin) | bad)
+            alone = tl.where(tl.load(ACTIVE + n) != 0, 1.0, 0.0)
+            square = tl.where(end > begin, square / (total * total), alone)
+            tl.store(SQUARES + n, tl.where(bad, float("nan"), square))
 
 
 @triton.jit(

@@ -17,6 +17,10 @@ import torch
 import dl_norm
 from bench.timing import peak_memory
 from dl_norm import KeptSets, linear_policy_loss, token_log_probs
+from dl_norm.kept import closed_form
+from dl_norm.kept.entries import make_entries
+from dl_norm.kept.passes import implementation
+from dl_norm.rows.records import WHOLE, RowSettings, TokenRows, VocabShard
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -134,10 +138,44 @@ def test_impossible_words_of_a_set(make_case, impl):
 @pytest.mark.parametrize("size", [16, 13])
 def test_few_cases(make_case, impl, size):
     """What the compiled kernels are run with, as they take seconds each."""
-    case = make_case((2, 6), size, 40, softcap=5.0)
+    case = make_case((2, 6), size, 40, softcap=5.0, seed=2)
     options = {"logit_softcap": 5.0, "beta": 0.1, "entropy_coef": 0.2}
     result = run(case, impl, upstream=3.0, sum_sq_probs=True, **options)
     assert max(errors(result, truth(case, upstream=3.0, **options))) <= BUDGET
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_few_cases_of_parts(make_case, impl):
+    """The sums of the parts of a vocabulary, added up here: one has no word, one none of a set."""
+    case = make_case((2, 6), 16, 40, softcap=5.0, seed=2)
+    module, flat = implementation(impl), case.hidden.flatten(0, 1)
+    rows = TokenRows(case.token_ids.flatten(), case.mask.flatten())
+    settings = RowSettings(0.7, 5.0, entropy=True, sum_sq_probs=True)
+    whole = make_entries(case.kept, rows, WHOLE, 40)
+    expected = module.kept_log_probs(flat, case.weight, case.bias, whole, settings, True)
+    parts, here = [], []
+    for first, stop in ((0, 0), (0, 3), (3, 40)):
+        entries = make_entries(case.kept, rows, VocabShard("group", first, 40), stop - first)
+        assert torch.equal(entries.bad, whole.bad) and torch.equal(entries.plural, whole.plural)
+        assert stop == 40 or (entries.plural & (entries.offsets.diff() == 0)).any()
+        _, sums = module.kept_sums(
+            flat, case.weight[first:stop], case.bias[first:stop], entries, settings, True
+        )
+        parts.append(sums)
+        here.append(whole.plural & (rows.token_ids >= first) & (rows.token_ids < stop))
+    sums, here = torch.stack(parts, 1).double(), torch.stack(here)
+    largest = sums[0].amax(0)
+    shift = ((sums[0] - largest) / 0.7).clamp(min=-200.0)
+    factor = shift.exp()
+    own = torch.where(here, sums[1] + shift, 0.0)
+    dot = (sums[3] + shift * sums[2]) * factor
+    added = own, sums[2] * factor, dot, sums[4] * factor.square()
+    added = torch.stack([largest, *(values.sum(0) for values in added)]).float()
+    found = closed_form.logits_of_sums(expected.logits, added, whole, settings, True)
+    for name in ("log_probs", "entropy", "sum_sq_probs"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), rtol=2e-6, atol=2e-6
+        )
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -391,8 +429,6 @@ def test_as_slime_masks_the_logits(make_case, impl):
 def test_memory_depends_on_the_entries(impl, dtype, device, monkeypatch):
     """Nothing of tokens times vocabulary, nor of entries times row length; of the vocabulary only
     the head's gradient, once."""
-    from dl_norm.kept import closed_form
-
     monkeypatch.setattr(closed_form, "_CPU_BLOCK", 1 << 12)  # less than there is in all
     size, each, vocabulary = 64, 8, 1 << 14
     tokens = 1024 if impl == "torch" else 2  # the interpreter is slow
@@ -431,8 +467,6 @@ def test_memory_depends_on_the_entries(impl, dtype, device, monkeypatch):
 
 def test_long_sets_are_multiplied_in_blocks(device, monkeypatch):
     """And a block is no part of the result."""
-    from dl_norm.kept import closed_form
-
     hidden = torch.randn(2, 8, device=device)
     weight = torch.randn(400, 8, device=device)
     kept = kept_of([list(range(400)), list(range(300))], device)

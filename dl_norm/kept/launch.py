@@ -80,8 +80,7 @@ def _empty_logits(entries: Entries, settings: RowSettings, entropy: bool) -> Kep
 
     return KeptLogits(
         empty(entries.count), empty(tokens), empty(tokens), empty(tokens),
-        empty(tokens) if entropy else None,
-        entries.active.float() if settings.sum_sq_probs else None,
+        empty(tokens) if entropy else None, empty(tokens) if settings.sum_sq_probs else None,
     )  # fmt: skip
 
 
@@ -103,11 +102,11 @@ def _launch_log_probs(
     with torch.accelerator.device_index(hidden.device.index):
         kept_log_probs_kernel[(tokens,)](
             hidden, weight, _contiguous(bias), entries.ids, entries.hits, entries.offsets,
-            entries.bad, logits.logits, logits.references, logits.log_totals, logits.log_probs,
-            logits.entropy, logits.sum_sq_probs, sums, hidden.shape[1] // vector,
-            hidden.stride(0) // vector, weight.stride(0) // vector, 1.0 / settings.temperature,
-            settings.softcap, ROWS=config.rows, ENTRIES=config.entries, GROUPS=config.groups,
-            VECTOR=vector, num_warps=config.num_warps,
+            entries.active, entries.bad, logits.logits, logits.references, logits.log_totals,
+            logits.log_probs, logits.entropy, logits.sum_sq_probs, sums,
+            hidden.shape[1] // vector, hidden.stride(0) // vector, weight.stride(0) // vector,
+            1.0 / settings.temperature, settings.softcap, ROWS=config.rows, ENTRIES=config.entries,
+            GROUPS=config.groups, VECTOR=vector, num_warps=config.num_warps,
         )  # fmt: skip
 
 
