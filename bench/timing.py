@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from dl_norm.kept import head_grad
 
 Call = Callable[[], object]
 # A trial is set up untimed and returns the call to time.
@@ -142,12 +143,9 @@ def peak_memory(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # NumPy's zeros from torch's allocator, which is the one that is recorded.
-    recorded_zeros = patch.object(np, "zeros", _zeros_of_torch)
-    with (
-        recorded_zeros,
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
-    ):
+    # Memory of the system as if it were of the allocator, which is what is recorded.
+    seen = patch.object(head_grad, "zeros", lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+    with seen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     # The list of raw events: `recorded.events()` leaves out what an operator allocates inside.
     profiler: Any = recorded.profiler
@@ -159,10 +157,6 @@ def peak_memory(call: Call, device: torch.device) -> int:
         level += event.nbytes()
         peak = max(peak, level)
     return peak
-
-
-def _zeros_of_torch(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    return torch.zeros(shape, dtype=getattr(torch, np.dtype(dtype).name)).numpy()
 
 
 def count_launches(call: Call, device: torch.device) -> int | None:

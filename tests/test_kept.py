@@ -465,6 +465,40 @@ def test_memory_depends_on_the_entries(impl, dtype, device, monkeypatch):
     assert head <= more <= 1.01 * head
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_head(device, dtype):
+    """Whose gradient is memory of the system: 0 where nothing was added, and a tensor as others."""
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 16, generator=random).to(device, dtype)
+    head = torch.randn(40_000, 16, generator=random).to(device, dtype).requires_grad_()
+    ids = torch.tensor([39_999, 7, 20_000], device=device)
+    kept = kept_of([[39_999, 0], [7], [3, 20_000, 0]], device)
+    ones = torch.ones(3, device=device)
+
+    call = {"cu_seqlens": torch.arange(4, device=device), "impl": "torch"}
+
+    def loss():
+        return linear_policy_loss(hidden, head, ids, None, ones, ones, ones, kept=kept, **call)
+
+    loss().backward()
+    once = head.grad.clone()
+    rows = torch.tensor([0, 3, 20_000, 39_999], device=device)
+    small = head.detach()[rows].requires_grad_()
+    of_rows = kept_of([[3, 0], [0], [1, 2, 0]], device)
+    ids_of_rows = torch.tensor([3, 0, 2], device=device)
+    linear_policy_loss(
+        hidden, small, ids_of_rows, None, ones, ones, ones, kept=of_rows, **call
+    ).backward()
+    assert torch.equal(once[rows], small.grad)
+    once[rows] = 0.0
+    assert not once.any() and head.grad.dtype == dtype
+    (0.5 * loss()).backward()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(head.grad[rows], 1.5 * small.grad, rtol=eps, atol=0)
+    torch.optim.AdamW([head]).step()
+    assert head.isfinite().all()
+
+
 def test_long_sets_are_multiplied_in_blocks(device, monkeypatch):
     """And a block is no part of the result."""
     hidden = torch.randn(2, 8, device=device)

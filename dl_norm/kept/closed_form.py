@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +10,7 @@ from ..checks import values_are_free
 from ..log_probs.closed_form import policy_loss_fwd as policy_loss_fwd
 from ..rows.records import RowSettings
 from .entries import Entries
+from .head_grad import few_rows
 from .records import KeptLogits
 
 _LOWEST = torch.finfo(torch.float32).min
@@ -120,7 +120,7 @@ def kept_head_grad(
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """d loss / d lm_head_weight, in its dtype or for float16 in float32, and d loss / d bias,
-    float32."""
+    float32. The first is sparse where the host knows its rows."""
     vocabulary = weight.shape[0]
     if values_are_free(entries.ids):  # then every entry has a part
         used = entries.sorted_ids.unique_consecutive()
@@ -135,18 +135,11 @@ def kept_head_grad(
         sums = _weighted_sums(tokens, hidden.float(), ends, grads).to(dtype)
         head_grad = sums
         if values_are_free(used):
-            head_grad = _zeros(weight.shape, dtype).index_copy_(0, used, sums)
+            head_grad = few_rows(used, sums, weight.shape)
     if needed[1]:
         bias_grad = torch.zeros(vocabulary, dtype=torch.float32, device=weight.device)
         bias_grad.index_copy_(0, used, _segments(grads, "sum", ends))
     return head_grad, bias_grad
-
-
-def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """On the CPU, in memory that the system hands out as zeros: torch.zeros writes them, and of
-    memory this large 4 KB at a time, which took 95 % of a whole call."""
-    integers = {2: np.int16, 4: np.int32}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(shape, integers)).view(dtype)
 
 
 def _products(hidden: Tensor, weight: Tensor, entries: Entries) -> Tensor:

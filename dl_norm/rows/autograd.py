@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_first_derivative, has_no_values, one_gradient
+from ..kept.head_grad import dense
 from ..kept.passes import kept_forward, kept_log_probs_forward
 from ..kept.sets import KeptSets
 from ..operators import operator
@@ -101,7 +102,7 @@ def linear_op(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     outputs, grads = _forward(hidden, weight, bias, rows, settings, chunks, kept, impl, needed)
-    return *outputs, *grads
+    return *outputs, *map(dense, grads)
 
 
 @linear_op.fake
@@ -280,9 +281,15 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         _check_backward(ctx, "linear_policy_loss")
         half, *grads = ctx.saved_tensors
 
+        def scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+            few = not torch.compiler.is_compiling() and grad.is_sparse
+            values = grad.values() if few else grad
+            values = scale_grad(values, grad_output, half, ctx.dtype, ctx.impl)
+            return dense(grad, values) if few else values
+
         def scale(grad_output: Tensor) -> list[Tensor | None]:
             return [
-                scale_grad(grad, grad_output, half, ctx.dtype, ctx.impl) if needed else None
+                scaled(grad, grad_output) if needed else None
                 for grad, needed in zip(grads, ctx.needed, strict=True)
             ]
 
