@@ -53,8 +53,15 @@ CASES = (
     Case("log-probs spread", LOG_PROBS, spread=True),
     *(
         Case(
-            f"log-probs {dtype}, everything{spread}{odd}", LOG_PROBS, dtype, True, True, True, True,
-            spread=bool(spread), odd=bool(odd),
+            f"log-probs {dtype}, everything{spread}{odd}",
+            LOG_PROBS,
+            dtype,
+            True,
+            True,
+            True,
+            True,
+            spread=bool(spread),
+            odd=bool(odd),
         )
         for dtype in ("bfloat16", "float16", "float32")
         for spread in ("", " spread")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dl_norm import KeptSets, linear_policy_loss, token_log_probs
 
@@ -255,3 +256,21 @@ def test_under_autocast(make_case, impl):
     assert torch.equal(loss, expected[0])
     assert all(grad.dtype == torch.float32 for grad in grads)
     assert all(torch.equal(a, b.float()) for a, b in zip(grads, expected[1], strict=True))
+
+
+def test_checkpoints_and_offloading(make_case):
+    """What is stored until backward is sparse on a CPU, and hooks see it."""
+    case = leaves_of(make_case())
+    leaves = case.hidden, case.weight
+
+    def loss(hidden, weight):
+        return linear_policy_loss(
+            hidden, weight, *case.args(), kept=case.kept, **case.tensors, impl="torch"
+        )
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    again = checkpoint(loss, *leaves, use_reentrant=False)
+    with torch.autograd.graph.save_on_cpu():
+        offloaded = loss(*leaves)
+    for result in (again, offloaded):
+        assert all(map(torch.equal, torch.autograd.grad(result, leaves), expected))

@@ -141,13 +141,14 @@ def linear_policy_loss(
             log pi = z_y - log sum_{v in K_t} exp(z_v), z = logits / temperature,
 
             entropy (in the loss too) and sum_sq_probs are those of this softmax, and
-            ``old_log_probs`` and ``ref_log_probs`` have to be over the same sets. Of the head the rows in the sets alone are read: two products of
-            length D for each entry of a set, and a third for the head's gradient. A token whose set
-            is itself has log-prob 0, no gradient, and costs nothing. Logits are float32, and tokens
-            that count for nothing are left out, so chunk_size, max_tokens and compact are refused.
-            On a CPU the head's gradient is sparse until backward, and its rows that are in no set
-            take no memory until somebody writes them. With ``tp_group`` every rank has the sets of
-            the whole vocabulary and reads the rows that are its own.
+            ``old_log_probs`` and ``ref_log_probs`` have to be over the same sets. Of the head the
+            rows in the sets alone are read: two products of length D for each entry of a set, and a
+            third for the head's gradient. A token whose set is itself has log-prob 0, no gradient,
+            and costs nothing. Logits are float32, and tokens that count for nothing are left out,
+            so chunk_size, max_tokens and compact are refused. On a CPU the head's gradient is
+            sparse until backward, and its rows that are in no set take no memory until somebody
+            writes them. With ``tp_group`` every rank has the sets of the whole vocabulary and reads
+            the rows that are its own.
             A token that counts must be in its set: mask tokens without a set here, and add the loss
             of a call without ``kept`` whose mask is theirs.
         tp_group: the process group, or its 1-D DeviceMesh, over whose ranks the head is spread:
