@@ -47,6 +47,7 @@ class KeptCase:
     scaled_from: str | None = None
     itemsize: int = 2
     frozen: bool = False  # the head, as under LoRA: no gradient of size V x D is written
+    momentum: bool = False  # every number of the head's gradient is read, and a momentum written
 
     def sizes(self) -> Tensor:
         """(tokens,) sizes of the sets of the tokens that count."""
@@ -63,10 +64,18 @@ class KeptCase:
         sizes = self.sizes()
         return int(sizes[sizes > 1].sum())
 
+    def _used(self) -> int:
+        """Rows of the head with an entry: about as many as there are entries, in a large one."""
+        return min(self._entries(), self.vocabulary)
+
     def bytes_moved(self) -> int:
         rows = 2 * (self._entries() + self.tokens)
         if not self.frozen:
-            rows += self.tokens + self.vocabulary
+            rows += self.tokens
+            # A CPU's rows without an entry are memory that nobody has written.
+            rows += self.vocabulary if self.scaled_from is None else self._used()
+        if self.momentum:
+            rows += 2 * self.vocabulary
         return self.itemsize * self.hidden * rows
 
     def flops(self) -> int:
@@ -81,12 +90,14 @@ GPU_CASES = (
 _CPU = {"scaled_from": "8192x4096x151936", "itemsize": 4}
 CPU_CASES = (
     KeptCase("256x896x151936", 4, 64, 151_936, 896, **_CPU),
+    KeptCase("256x896x151936 momentum", 4, 64, 151_936, 896, momentum=True, **_CPU),
     KeptCase("256x896x151936 frozen head", 4, 64, 151_936, 896, frozen=True, **_CPU),
     KeptCase("2048x1024x151936", 8, 256, 151_936, 1024, **_CPU),
     KeptCase("2048x1024x151936 frozen head", 8, 256, 151_936, 1024, frozen=True, **_CPU),
 )
 TINY_CASES = (
     KeptCase("3x8x64", 3, 8, 64, 16, 0.6, itemsize=4),
+    KeptCase("3x8x64 momentum", 3, 8, 64, 16, 0.6, itemsize=4, momentum=True),
     KeptCase("3x8x64 frozen head", 3, 8, 64, 16, 0.6, itemsize=4, frozen=True),
 )
 
@@ -138,8 +149,16 @@ def make_inputs(case: KeptCase, device: torch.device, seed: int = 0) -> KeptInpu
     places = (kept.offsets[:-1] + columns).clamp(max=kept.ids.shape[0] - 1)
     picked = torch.tensor(LOG_RATIOS)[torch.randint(len(LOG_RATIOS), shape, generator=random)]
     weights = dl_norm.sequence_weights(lengths, "delta_l", max_length=case.max_length)
+    head.requires_grad_(not case.frozen)
+    if case.momentum:
+        average = torch.zeros_like(head, requires_grad=False)
+
+        def add(grad: Tensor) -> None:
+            average.lerp_(grad, 0.1)
+
+        head.register_hook(add)
     return KeptInputs(
-        leaves=(hidden.requires_grad_(), head.requires_grad_(not case.frozen)),
+        leaves=(hidden.requires_grad_(), head),
         token_ids=kept.ids[places].view(shape),
         old_log_probs=own.view(shape).masked_fill(~mask, 0.0) - picked.to(device),
         advantages=torch.randn(case.sequences, generator=random).to(device),

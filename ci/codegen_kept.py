@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dl_norm.kept.entries import Entries
-from dl_norm.kept.launch import kept_head_grad, kept_hidden_grad, kept_log_probs
+from dl_norm.kept.launch import kept_head_grad, kept_hidden_grad, kept_log_probs, kept_sums
 from dl_norm.rows.records import RowSettings
 
 LOG_PROBS, HIDDEN_GRAD, HEAD_GRAD = (
@@ -37,6 +37,8 @@ class Case:
     bias: bool = False
     softcap: bool = False
     entropy: bool = False
+    squares: bool = False
+    spread: bool = False
     needed: tuple[bool, bool, bool] = (True, True, False)
     odd: bool = False  # rows that are no whole vectors
 
@@ -47,18 +49,30 @@ CASES = (
     Case("log-probs bias", LOG_PROBS, bias=True),
     Case("log-probs softcap", LOG_PROBS, softcap=True),
     Case("log-probs entropy", LOG_PROBS, entropy=True),
+    Case("log-probs squares", LOG_PROBS, squares=True),
+    Case("log-probs spread", LOG_PROBS, spread=True),
     *(
         Case(
-            f"log-probs {dtype}, everything{odd}", LOG_PROBS, dtype, True, True, True, odd=bool(odd)
+            f"log-probs {dtype}, everything{spread}{odd}",
+            LOG_PROBS,
+            dtype,
+            True,
+            True,
+            True,
+            True,
+            spread=bool(spread),
+            odd=bool(odd),
         )
         for dtype in ("bfloat16", "float16", "float32")
+        for spread in ("", " spread")
         for odd in ("", ", odd")
     ),
     Case("hidden", HIDDEN_GRAD),
     Case("hidden softcap", HIDDEN_GRAD, softcap=True),
+    Case("hidden entropy", HIDDEN_GRAD, entropy=True),
     Case("hidden frozen", HIDDEN_GRAD, needed=(False, True, False)),
     *(
-        Case(f"hidden {dtype}{odd}", HIDDEN_GRAD, dtype, softcap=True, odd=bool(odd))
+        Case(f"hidden {dtype}{odd}", HIDDEN_GRAD, dtype, softcap=True, entropy=True, odd=bool(odd))
         for dtype in ("bfloat16", "float16", "float32")
         for odd in ("", ", odd")
     ),
@@ -84,16 +98,24 @@ def launch_case(
     hidden = tensor(tokens, size, dtype=case.dtype)
     head = tensor(vocabulary, size, dtype=case.dtype)
     bias = tensor(vocabulary, dtype=case.dtype) if case.bias else None
-    settings = RowSettings(0.7, 30.0 if case.softcap else None, entropy=case.entropy)
+    settings = RowSettings(
+        0.7, 30.0 if case.softcap else None, entropy=case.entropy, sum_sq_probs=case.squares
+    )
     found = Entries(
         ids=tensor(entries, dtype="int64"), tokens=tensor(entries, dtype="int64"),
         hits=tensor(entries, dtype="bool"), offsets=tensor(tokens + 1, dtype="int64"),
+        active=tensor(tokens, dtype="bool"), plural=tensor(tokens, dtype="bool"),
         bad=tensor(tokens, dtype="bool"), sorted_ids=tensor(entries, dtype="int64"),
         order=tensor(entries, dtype="int64"),
     )  # fmt: skip
-    logits = kept_log_probs(hidden, head, bias, found, settings)
+    arguments = hidden, head, bias, found, settings, case.entropy
+    if case.spread:
+        kept_sums(*arguments)
+        return
+    logits = kept_log_probs(*arguments)
+    entropy_weights = tensor(tokens) if case.entropy else None
     grads, _ = kept_hidden_grad(
-        hidden, head, found, logits, tensor(tokens), settings, case.needed[0]
+        hidden, head, found, logits, tensor(tokens), entropy_weights, settings, case.needed[0]
     )
     kept_head_grad(hidden, head, found, grads, case.needed[1:])
 

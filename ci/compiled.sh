@@ -20,7 +20,7 @@ if [ "${1:-}" = --fast ]; then
     # Of a parity case that is run by every implementation, the kernels' alone.
     exec "$PYTHON" -m pytest -q -n "${WORKERS:-2}" --dist loadfile tests/test_ptx.py tests/test_traffic.py tests/test_properties.py \
         tests/test_policy_loss.py tests/test_variants.py tests/test_logits.py \
-        tests/test_row_variants.py tests/test_kept.py \
+        tests/test_row_variants.py tests/test_kept.py tests/test_kept_inputs.py \
         -k "test_ptx or test_traffic or (triton and not in_combination and not compiles)"
 fi
 export DL_NORM_TEST_TARGET="${1:-sm_90}"

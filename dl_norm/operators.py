@@ -64,13 +64,15 @@ class RecordOperator:
 def operator(name: str, *, outputs: int) -> Callable[[Callable[..., Any]], RecordOperator]:
     """Decorator: a function of records and plain values, called with them, as an operator.
 
-    Its parameters are annotated with a NamedTuple or dataclass, or with a type an operator knows,
-    and it returns ``outputs`` tensors. An optional record must be there.
+    Its parameters are annotated with a NamedTuple or dataclass, which may be ``| None`` if it is of
+    tensors alone, or with a type an operator knows, and it returns ``outputs`` tensors. An optional
+    record within a record must be there.
     """
     return lambda function: RecordOperator(name, function, outputs)
 
 
 def _field_tree(kind: Any) -> dict | None:
+    kind = _without_none(kind)
     return {n: _field_tree(of) for n, of in _hints(kind).items()} if _is_record(kind) else None
 
 
@@ -78,10 +80,17 @@ def _flatten(value: Any, fields: dict | None) -> list:
     """The fields of a record, those of records within it in their place; else the value."""
     if fields is None:
         return [value]
-    return [leaf for name in fields for leaf in _flatten(getattr(value, name), fields[name])]
+    return [
+        leaf for name in fields
+        for leaf in _flatten(None if value is None else getattr(value, name), fields[name])
+    ]  # fmt: skip
 
 
 def _build(kind: Any, values: Iterator) -> Any:
+    record = _without_none(kind)
+    if record is not kind:  # of tensors alone
+        parts = [next(values) for _ in _hints(record)]
+        return None if parts[0] is None else record(*parts)
     if not _is_record(kind):
         value = next(values)
         return tuple(value) if isinstance(value, list) else value
@@ -93,6 +102,9 @@ def _arguments(name: str, kind: Any) -> list[tuple[str, str]]:
     if _is_record(kind):
         fields = _hints(kind).items()  # two records may have a field of one name
         return [pair for field, of in fields for pair in _arguments(f"{name}_{field}", of)]
+    record = _without_none(kind)
+    if record is not kind:
+        return [(f"{of}?", part) for of, part in _arguments(name, record)]
     if _is_optional(kind):
         (of,) = set(get_args(kind)) - {type(None)}
         return [(f"{_SCHEMA_TYPES[of]}?", name)]

@@ -23,8 +23,8 @@ def _rows_of_head(HEAD, ids, present, stride, start, column, inside, VECTOR: tl.
 @triton.jit(
     do_not_specialize=["vectors", "hidden_stride", "head_stride"],
     do_not_specialize_on_alignment=[
-        "BIAS", "IDS", "HITS", "OFFSETS", "BAD", "SCORES", "REFERENCES", "LOG_TOTALS", "LOG_PROBS",
-        "ENTROPY",
+        "BIAS", "IDS", "HITS", "OFFSETS", "ACTIVE", "BAD", "SCORES", "REFERENCES", "LOG_TOTALS",
+        "LOG_PROBS", "ENTROPY", "SQUARES", "OUT_SUMS",
     ],
 )  # fmt: skip
 def kept_log_probs_kernel(
@@ -34,12 +34,15 @@ def kept_log_probs_kernel(
     IDS,
     HITS,
     OFFSETS,
+    ACTIVE,
     BAD,
     SCORES,
     REFERENCES,
     LOG_TOTALS,
     LOG_PROBS,
     ENTROPY,
+    SQUARES,
+    OUT_SUMS,
     vectors: tl.int32,
     hidden_stride: tl.int64,
     head_stride: tl.int64,
@@ -54,7 +57,13 @@ def kept_log_probs_kernel(
 
     The probability of an entry is exp((score - REFERENCES) / temperature - LOG_TOTALS). A token
     without entries, whose set is itself or which does not count, has log-prob and entropy 0; a BAD
-    one NaN. ENTROPY may be None.
+    one NaN. SQUARES, the sum of the squared probabilities, is 1 where the set is the token itself,
+    which is ACTIVE then. ENTROPY and SQUARES may be None.
+
+    Where the vocabulary is spread over processes, OUT_SUMS, (3 to 5, N), is written, and of the
+    others SCORES alone: the largest score, at least the lowest number; the exponent of the token's
+    own, (score - largest) / temperature, 0 where it is not here; sum of exp, for ENTROPY that of
+    exponents times exp, for SQUARES that of squares.
     """
     n = tl.program_id(0).to(tl.int64)
     begin = tl.load(OFFSETS + n)
@@ -63,9 +72,10 @@ def kept_log_probs_kernel(
     column = tl.arange(0, BLOCK)
     row = tl.arange(0, ROWS)
     reference = 0.0
-    log_total = 0.0
-    log_prob = 0.0
-    entropy = 0.0
+    own = 0.0
+    total = 1.0
+    dot = 0.0
+    square = 0.0
     if end > begin:
         largest = tl.full([ROWS], LOWEST, tl.float32)
         for first in range(begin, end, ROWS):
@@ -94,6 +104,7 @@ def kept_log_probs_kernel(
         totals = tl.zeros([ENTRIES], tl.float32)
         dots = tl.zeros([ENTRIES], tl.float32)
         owns = tl.zeros([ENTRIES], tl.float32)
+        squares = tl.zeros([ENTRIES], tl.float32)
         for first in range(begin, end, ENTRIES):
             present = first + lane < end
             scores = tl.load(SCORES + first + lane, mask=present, other=float("-inf"))
@@ -104,23 +115,45 @@ def kept_log_probs_kernel(
             owns += tl.where(hit, exponents, 0.0)
             if ENTROPY is not None:
                 dots += exps * tl.maximum(exponents, -128.0)  # where exp is 0, not 0 * -inf
+            if SQUARES is not None:
+                squares += exps * exps
+        own = tl.sum(owns, axis=0)
         total = tl.sum(totals, axis=0)
+        if ENTROPY is not None:
+            dot = tl.sum(dots, axis=0)
+        if SQUARES is not None:
+            square = tl.sum(squares, axis=0)
+    if OUT_SUMS is not None:
+        N = tl.num_programs(0).to(tl.int64)
+        tl.store(OUT_SUMS + n, tl.where(end > begin, reference, LOWEST))
+        tl.store(OUT_SUMS + N + n, own)
+        tl.store(OUT_SUMS + 2 * N + n, tl.where(end > begin, total, 0.0))
+        if ENTROPY is not None:
+            tl.store(OUT_SUMS + 3 * N + n, dot)
+        if SQUARES is not None:
+            tl.store(OUT_SUMS + (4 if ENTROPY is not None else 3) * N + n, square)
+    else:
+        bad = tl.load(BAD + n) != 0
         log_total = tl.log(total)
-        log_prob = tl.sum(owns, axis=0) - log_total
+        log_prob = own - log_total
         log_prob = tl.where(log_prob > 0, 0.0, log_prob)
-        entropy = log_total - tl.sum(dots, axis=0) / total
-    bad = tl.load(BAD + n) != 0
-    tl.store(REFERENCES + n, reference)
-    tl.store(LOG_TOTALS + n, log_total)
-    tl.store(LOG_PROBS + n, tl.where(bad, float("nan"), log_prob))
-    if ENTROPY is not None:
-        tl.store(ENTROPY + n, tl.where(bad, float("nan"), entropy))
+        tl.store(REFERENCES + n, reference)
+        tl.store(LOG_TOTALS + n, log_total)
+        tl.store(LOG_PROBS + n, tl.where(bad, float("nan"), log_prob))
+        if ENTROPY is not None:
+            entropy = log_total - dot / total
+            tl.store(ENTROPY + n, tl.where(bad, float("nan"), entropy))
+        if SQUARES is not None:
+            alone = tl.where(tl.load(ACTIVE + n) != 0, 1.0, 0.0)
+            square = tl.where(end > begin, square / (total * total), alone)
+            tl.store(SQUARES + n, tl.where(bad, float("nan"), square))
 
 
 @triton.jit(
     do_not_specialize=["vectors", "head_stride"],
     do_not_specialize_on_alignment=[
-        "IDS", "HITS", "OFFSETS", "SCORES", "REFERENCES", "LOG_TOTALS", "TOKEN_GRADS", "SCORE_GRADS"
+        "IDS", "HITS", "OFFSETS", "SCORES", "REFERENCES", "LOG_TOTALS", "TOKEN_GRADS", "ENTROPY",
+        "ENTROPY_WEIGHTS", "SCORE_GRADS",
     ],
 )  # fmt: skip
 def kept_hidden_grad_kernel(
@@ -132,6 +165,8 @@ def kept_hidden_grad_kernel(
     REFERENCES,
     LOG_TOTALS,
     TOKEN_GRADS,
+    ENTROPY,
+    ENTROPY_WEIGHTS,
     SCORE_GRADS,
     HIDDEN_GRAD,
     vectors: tl.int32,
@@ -144,20 +179,31 @@ def kept_hidden_grad_kernel(
     VECTOR: tl.constexpr,
 ):
     """Token ``program_id``: the loss's derivatives by the products of its entries, before bias
-    and soft cap, and by its hidden state, a row of HIDDEN_GRAD (N, D), contiguous, or None."""
+    and soft cap, and by its hidden state, a row of HIDDEN_GRAD (N, D), contiguous, or None. The
+    loss falls by ENTROPY_WEIGHTS times the entropy of the token; without them, None, there need be
+    no ENTROPY."""
     n = tl.program_id(0).to(tl.int64)
     begin = tl.load(OFFSETS + n)
     end = tl.load(OFFSETS + n + 1)
     grad = tl.load(TOKEN_GRADS + n) * inverse_temperature
     reference = tl.load(REFERENCES + n)
     log_total = tl.load(LOG_TOTALS + n)
+    entropy_grad = 0.0
+    entropy = 0.0
+    if ENTROPY_WEIGHTS is not None:
+        entropy_grad = tl.load(ENTROPY_WEIGHTS + n) * inverse_temperature
+        entropy = tl.load(ENTROPY + n)
     lane = tl.arange(0, ENTRIES)
     for first in range(begin, end, ENTRIES):
         present = first + lane < end
         scores = tl.load(SCORES + first + lane, mask=present, other=0.0)
         hit = tl.load(HITS + first + lane, mask=present, other=0) != 0
-        probs = tl.exp((scores - reference) * inverse_temperature - log_total)
+        log_probs = (scores - reference) * inverse_temperature - log_total
+        probs = tl.exp(log_probs)
         grads = grad * (tl.where(hit, 1.0, 0.0) - probs)
+        if ENTROPY_WEIGHTS is not None:
+            # p (log p + H), and 0 where p is: not 0 * -inf
+            grads += entropy_grad * probs * (tl.maximum(log_probs, -128.0) + entropy)
         if softcap is not None:
             tanh = scores * (1.0 / softcap)
             grads *= 1.0 - tanh * tanh
@@ -169,7 +215,7 @@ def kept_hidden_grad_kernel(
         column = tl.arange(0, BLOCK)
         row = tl.arange(0, ROWS)
         # A clipped token reads nothing of the head.
-        stop = tl.where(grad != 0, end, begin)
+        stop = tl.where((grad != 0) | (entropy_grad != 0), end, begin)
         for start in range(0, vectors, GROUPS):
             inside = column < (vectors - start) * VECTOR
             at = start * VECTOR

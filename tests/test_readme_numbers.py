@@ -60,6 +60,7 @@ def kept_lines() -> Iterator[str]:
     rows = {(r["case"], r["contestant"]): r for r in json.loads(path.read_text())["rows"]}
     for label, case in {
         "256×896, V = 151,936": "256x896x151936",
+        "the same, and momentum of the head": "256x896x151936 momentum",
         "the same, head frozen": "256x896x151936 frozen head",
     }.items():
         cells = []

@@ -377,7 +377,7 @@ def test_opcheck_linear(dtype, impl, make):
     ):
         opcheck(
             row_autograd.linear_op, hidden, head, bias_or_none, rows_of(given), settings, chunks,
-            impl, needed,
+            None, impl, needed,
         )  # fmt: skip
 
 
@@ -393,5 +393,5 @@ def test_opcheck_token_log_probs(impl, make):
     ):
         opcheck(
             row_autograd.log_probs_op, *tensors, ids, active, 0.8, None, entropy, not entropy,
-            VocabShard(), chunks, impl,
+            VocabShard(), chunks, None, impl,
         )  # fmt: skip

@@ -7,14 +7,17 @@ from these entries reads out of bounds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import values_are_free
-from ..rows.records import TokenRows
+from ..rows.records import TokenRows, VocabShard
+
+if TYPE_CHECKING:
+    from .sets import KeptSets
 
 
 class KeptEntries(NamedTuple):
@@ -39,16 +42,19 @@ class Trouble(NamedTuple):
 @dataclass(frozen=True)
 class Entries:
     """The E entries that have a part in the loss: those of tokens that count, in sets of two or
-    more. Where the host cannot count them E is M, and the others stand behind the last offset.
+    more, and of these the ones of the vocabulary that is here. Where the host cannot count them E
+    is M, and the others stand behind the last offset.
 
     A set of the token alone has log-prob 0 and no gradient whatever its logit is.
     """
 
-    ids: Tensor  # int64 in [0, V)
+    ids: Tensor  # int64 in [0, V): rows of the head that is here
     tokens: Tensor  # int64
     hits: Tensor  # bool
     offsets: Tensor  # (N + 1,) int64
-    bad: Tensor  # (N,) bool: a token that counts, whose set is wrong
+    active: Tensor  # (N,) bool: the token counts
+    plural: Tensor  # (N,) bool: and its set, here and elsewhere, is of two or more
+    bad: Tensor  # (N,) bool: it counts, and its set is wrong
     sorted_ids: Tensor  # int64, rising; V where an entry stands behind the last offset
     order: Tensor  # int64: the entry of each sorted id, of equal ids the earlier token first
 
@@ -84,25 +90,36 @@ def find_trouble(
     )
 
 
-def make_entries(ids: Tensor, offsets: Tensor, rows: TokenRows, vocabulary: int) -> Entries:
-    entries = kept_entries(ids, offsets, rows.token_ids, rows.active)
-    live = entries.active & entries.spans & (entries.offsets.diff()[entries.tokens] > 1)
+def make_entries(kept: KeptSets, rows: TokenRows, shard: VocabShard, here: int) -> Entries:
+    """``here``: how many words of the vocabulary, from ``shard.first`` on if it is spread."""
+    entries = kept_entries(kept.ids, kept.offsets, rows.token_ids, rows.active)
+    vocabulary = shard.vocabulary if shard.spread else here
+    plural = rows.active & entries.spans & (entries.offsets.diff() > 1)
+    live = plural[entries.tokens]
+    local_ids = entries.ids
+    if shard.spread:
+        local_ids = local_ids - shard.first
+        live = live & (local_ids >= 0) & (local_ids < here)
     if values_are_free(live):
         taken = live.nonzero()[:, 0]
     else:
-        taken = torch.argsort((~live).to(torch.uint8), stable=True)
+        taken = torch.argsort((~live).to(torch.uint8), stable=True)[: None if here else 0]
     counts = _sums(live, entries.offsets)
     live_offsets = F.pad(counts.cumsum(0), (1, 0))
-    live_ids, tokens = entries.ids[taken].clamp(0, vocabulary - 1), entries.tokens[taken]
-    positions = torch.arange(live_ids.shape[0], device=ids.device)
-    keys = torch.where(positions < live_offsets[-1], live_ids, vocabulary)
+    live_ids, tokens = local_ids[taken].clamp(0, max(0, here - 1)), entries.tokens[taken]
+    positions = torch.arange(live_ids.shape[0], device=live_ids.device)
+    keys = torch.where(positions < live_offsets[-1], live_ids, here)
     sorted_ids, order = torch.sort(keys, stable=True)
-    # Of the entries that are left out or clamped none is of a set that has no other trouble.
-    repeated = _repeated(sorted_ids, tokens[order], rows.count)
+    if shard.spread:  # the same on all ranks, so of all entries
+        all_ids, all_order = torch.sort(entries.ids, stable=True)
+        repeated = _repeated(all_ids, entries.tokens[all_order], rows.count)
+    else:
+        # Of the entries that are left out or clamped none is of a set that has no other trouble.
+        repeated = _repeated(sorted_ids, tokens[order], rows.count)
     trouble = _outside(entries, vocabulary) | _missing(entries) | repeated | ~entries.spans
     return Entries(
-        live_ids, tokens, entries.hits[taken], live_offsets, rows.active & trouble, sorted_ids,
-        order,
+        live_ids, tokens, entries.hits[taken], live_offsets, rows.active, plural,
+        rows.active & trouble, sorted_ids, order,
     )  # fmt: skip
 
 

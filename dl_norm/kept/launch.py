@@ -42,31 +42,72 @@ def kept_config(itemsize: int, vector: int, warp_size: int) -> KeptConfig:
 
 
 def kept_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, settings: RowSettings
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Entries,
+    settings: RowSettings,
+    entropy: bool,
 ) -> KeptLogits:
     """What :func:`dl_norm.kept.closed_form.kept_log_probs` does, one program a token."""
+    logits = _empty_logits(entries, settings, entropy)
+    _launch_log_probs(hidden, weight, bias, entries, settings, logits, None)
+    return logits
+
+
+def kept_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Entries,
+    settings: RowSettings,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`dl_norm.kept.closed_form.kept_sums` does, one program a token."""
+    logits = _empty_logits(entries, settings, entropy)
     tokens = hidden.shape[0]
+    rows = 3 + entropy + settings.sum_sq_probs
+    sums = torch.empty((rows, tokens), dtype=torch.float32, device=hidden.device)
+    _launch_log_probs(hidden, weight, bias, entries, settings, logits, sums)
+    return logits.logits, sums
+
+
+def _empty_logits(entries: Entries, settings: RowSettings, entropy: bool) -> KeptLogits:
+    tokens, device = entries.active.shape[0], entries.active.device
 
     def empty(count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.float32, device=hidden.device)
+        return torch.empty(count, dtype=torch.float32, device=device)
 
-    entropy = empty(tokens) if settings.entropy else None
-    logits = KeptLogits(empty(entries.count), empty(tokens), empty(tokens), empty(tokens), entropy)
+    return KeptLogits(
+        empty(entries.count), empty(tokens), empty(tokens), empty(tokens),
+        empty(tokens) if entropy else None, empty(tokens) if settings.sum_sq_probs else None,
+    )  # fmt: skip
+
+
+def _launch_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    entries: Entries,
+    settings: RowSettings,
+    logits: KeptLogits,
+    sums: Tensor | None,
+) -> None:
+    tokens = hidden.shape[0]
     if tokens == 0:
-        return logits
+        return
     hidden, weight = _rows_in_place(hidden), _rows_in_place(weight)
     vector = _vector(hidden, weight)
     config = kept_config(hidden.element_size(), vector, target().warp_size)
     with torch.accelerator.device_index(hidden.device.index):
         kept_log_probs_kernel[(tokens,)](
             hidden, weight, _contiguous(bias), entries.ids, entries.hits, entries.offsets,
-            entries.bad, logits.logits, logits.references, logits.log_totals, logits.log_probs,
-            logits.entropy, hidden.shape[1] // vector, hidden.stride(0) // vector,
-            weight.stride(0) // vector, 1.0 / settings.temperature, settings.softcap,
-            ROWS=config.rows, ENTRIES=config.entries, GROUPS=config.groups, VECTOR=vector,
-            num_warps=config.num_warps,
+            entries.active, entries.bad, logits.logits, logits.references, logits.log_totals,
+            logits.log_probs, logits.entropy, logits.sum_sq_probs, sums,
+            hidden.shape[1] // vector, hidden.stride(0) // vector, weight.stride(0) // vector,
+            1.0 / settings.temperature, settings.softcap, ROWS=config.rows, ENTRIES=config.entries,
+            GROUPS=config.groups, VECTOR=vector, num_warps=config.num_warps,
         )  # fmt: skip
-    return logits
 
 
 def kept_hidden_grad(
@@ -75,6 +116,7 @@ def kept_hidden_grad(
     entries: Entries,
     logits: KeptLogits,
     token_grads: Tensor,
+    entropy_weights: Tensor | None,
     settings: RowSettings,
     needed: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -90,7 +132,8 @@ def kept_hidden_grad(
     with torch.accelerator.device_index(hidden.device.index):
         kept_hidden_grad_kernel[(tokens,)](
             weight, entries.ids, entries.hits, entries.offsets, logits.logits, logits.references,
-            logits.log_totals, token_grads, score_grads, grad if needed else None,
+            logits.log_totals, token_grads, logits.entropy, _contiguous(entropy_weights),
+            score_grads, grad if needed else None,
             size // vector, weight.stride(0) // vector, 1.0 / settings.temperature,
             settings.softcap, ROWS=config.rows, ENTRIES=config.entries, GROUPS=config.groups,
             VECTOR=vector, num_warps=config.num_warps,

@@ -16,4 +16,5 @@ class KeptLogits:
     references: Tensor  # (N,) the largest logit of each token
     log_totals: Tensor  # (N,)
     log_probs: Tensor  # (N,) 0 where the token does not count or its set is itself, NaN where bad
-    entropy: Tensor | None  # (N,)
+    entropy: Tensor | None  # (N,) the same
+    sum_sq_probs: Tensor | None  # (N,) the same, but 1 where the set is the token itself

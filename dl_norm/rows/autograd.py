@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_first_derivative, has_no_values, one_gradient
+from ..kept.head_grad import dense
+from ..kept.passes import kept_forward, kept_log_probs_forward
+from ..kept.sets import KeptSets
 from ..operators import operator
 from ..options import num_sums
 from .chunks import ChunkOptions
@@ -32,7 +35,7 @@ def _fake_forward(rows: TokenRows, settings: RowSettings, half: bool) -> Forward
     )  # fmt: skip
 
 
-def fake_linear(
+def _fake_linear(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -49,13 +52,6 @@ def fake_linear(
         for tensor, need in zip((hidden, weight, bias), needed, strict=True)
     ]
     return *_fake_forward(rows, settings, half), *grads
-
-
-def fake_log_probs(token_ids: Tensor, *others: bool) -> tuple[Tensor, ...]:
-    """``others``: which further values a token are asked for."""
-    count = token_ids.shape[0]
-    sizes = count, *(count if asked else 0 for asked in others)
-    return tuple(token_ids.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
 @operator("logits_policy_loss_fwd", outputs=7)
@@ -77,6 +73,22 @@ def _(
     return *_fake_forward(rows, settings, write_grad and logits.dtype == torch.float16), grad
 
 
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: TokenRows,
+    settings: RowSettings,
+    chunks: ChunkOptions,
+    kept: KeptSets | None,
+    impl: str,
+    needed: tuple[bool, ...],
+) -> tuple[Forward, list[Tensor]]:
+    if kept is None:
+        return linear_forward(hidden, weight, bias, rows, settings, chunks, impl, needed)
+    return kept_forward(hidden, weight, bias, rows, settings, kept, impl, needed)
+
+
 @operator("linear_policy_loss_fwd", outputs=9)
 def linear_op(
     hidden: Tensor,
@@ -85,11 +97,12 @@ def linear_op(
     rows: TokenRows,
     settings: RowSettings,
     chunks: ChunkOptions,
+    kept: KeptSets | None,
     impl: str,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    outputs, grads = linear_forward(hidden, weight, bias, rows, settings, chunks, impl, needed)
-    return *outputs, *grads
+    outputs, grads = _forward(hidden, weight, bias, rows, settings, chunks, kept, impl, needed)
+    return *outputs, *map(dense, grads)
 
 
 @linear_op.fake
@@ -100,10 +113,11 @@ def _(
     rows: TokenRows,
     settings: RowSettings,
     chunks: ChunkOptions,
+    kept: KeptSets | None,
     impl: str,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    return fake_linear(hidden, weight, bias, rows, settings, needed)
+    return _fake_linear(hidden, weight, bias, rows, settings, needed)
 
 
 @operator("token_log_probs", outputs=3)
@@ -119,13 +133,16 @@ def log_probs_op(
     sum_sq_probs: bool,
     shard: VocabShard,
     chunks: ChunkOptions,
+    kept: KeptSets | None,
     impl: str,
 ) -> tuple[Tensor, ...]:
     settings = RowSettings(
         temperature, softcap, entropy=entropy, sum_sq_probs=sum_sq_probs, shard=shard
     )
     rows = TokenRows(token_ids, active)
-    return log_probs_forward(hidden_or_logits, weight, bias, rows, settings, chunks, impl)
+    return token_log_probs_forward(
+        hidden_or_logits, weight, bias, rows, settings, chunks, kept, impl
+    )
 
 
 @log_probs_op.fake
@@ -141,9 +158,35 @@ def _(
     sum_sq_probs: bool,
     shard: VocabShard,
     chunks: ChunkOptions,
+    kept: KeptSets | None,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    return fake_log_probs(token_ids, entropy, sum_sq_probs)
+    count = token_ids.shape[0]
+    sizes = count, count if entropy else 0, count if sum_sq_probs else 0
+    return tuple(token_ids.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def token_log_probs_forward(
+    hidden_or_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: TokenRows,
+    settings: RowSettings,
+    chunks: ChunkOptions,
+    kept: KeptSets | None,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Log-probs, entropy and sum_sq_probs of the N rows, without loss and gradient."""
+    tensors = hidden_or_logits, weight, bias
+    if has_no_values(rows.token_ids):
+        return log_probs_op(
+            *tensors, rows.token_ids, rows.active, settings.temperature, settings.softcap,
+            settings.entropy, settings.sum_sq_probs, settings.shard, chunks, kept, impl,
+        )  # fmt: skip
+    if kept is None:
+        return log_probs_forward(*tensors, rows, settings, chunks, impl)
+    assert weight is not None
+    return kept_log_probs_forward(hidden_or_logits, weight, bias, rows, settings, kept, impl)
 
 
 def _check_backward(ctx, name: str) -> None:
@@ -218,40 +261,36 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         rows: TokenRows,
         settings: RowSettings,
         chunks: ChunkOptions,
+        kept: KeptSets | None,
         impl: str,
         needed: tuple[bool, bool, bool],
     ) -> tuple[Tensor, ...]:
         if has_no_values(hidden):
-            results = linear_op(hidden, weight, bias, rows, settings, chunks, impl, needed)
+            results = linear_op(hidden, weight, bias, rows, settings, chunks, kept, impl, needed)
             outputs, grads = results[:-3], results[-3:]
         else:
-            outputs, grads = linear_forward(
-                hidden, weight, bias, rows, settings, chunks, impl, needed
+            outputs, grads = _forward(
+                hidden, weight, bias, rows, settings, chunks, kept, impl, needed
             )
-        return LinearPolicyLossFunction.save(ctx, hidden, outputs, tuple(grads), impl, needed)
-
-    @staticmethod
-    def save(
-        ctx,
-        hidden: Tensor,
-        outputs: Forward,
-        grads: tuple[Tensor, ...],
-        impl: str,
-        needed: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, ...]:
         ctx.needed = needed
         ctx.dtype = hidden.dtype
-        return _save(ctx, outputs, grads, impl)
+        return _save(ctx, outputs, tuple(grads), impl)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         _check_backward(ctx, "linear_policy_loss")
         half, *grads = ctx.saved_tensors
 
+        def scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+            few = not torch.compiler.is_compiling() and grad.is_sparse
+            values = grad.values() if few else grad
+            values = scale_grad(values, grad_output, half, ctx.dtype, ctx.impl)
+            return dense(grad, values) if few else values
+
         def scale(grad_output: Tensor) -> list[Tensor | None]:
             return [
-                scale_grad(grad, grad_output, half, ctx.dtype, ctx.impl) if needed else None
+                scaled(grad, grad_output) if needed else None
                 for grad, needed in zip(grads, ctx.needed, strict=True)
             ]
 
-        return *one_gradient("linear_policy_loss", grad_outputs[0], scale), *(None,) * 5
+        return *one_gradient("linear_policy_loss", grad_outputs[0], scale), *(None,) * 6

@@ -43,17 +43,11 @@ class ChunkOptions:
         check_flag(self.fp32_logits, "fp32_logits")
         check_flag(self.compact, "compact")
 
-    def check_unused(self, **others: bool) -> None:
-        """Refuses what has no effect over kept sets, whose logits are float32 whatever is said.
-
-        ``others``: options that they cannot follow, and whether those were given.
-        """
+    def check_unused(self) -> None:
+        """Refuses what has no effect over kept sets, whose logits are float32 whatever is said."""
         for name in ("chunk_size", "max_tokens", "compact"):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"{name} has no effect with kept sets: drop it")
-        for name, given in others.items():
-            if given:
-                raise ValueError(f"{name} and kept cannot be given together: kept sets have none")
 
 
 @dataclass(frozen=True)

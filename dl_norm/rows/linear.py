@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import LOG_PROB_DTYPES
 from ..device import implementation_for
-from ..kept.autograd import KeptPolicyLossFunction
 from ..kept.sets import KeptSets, check_kept
 from ..keywords import Impl, LinearOptions, LossOptions
 from .autograd import LinearPolicyLossFunction
@@ -141,11 +140,15 @@ def linear_policy_loss(
 
             log pi = z_y - log sum_{v in K_t} exp(z_v), z = logits / temperature,
 
-            the entropy is that of this softmax, and ``old_log_probs`` and ``ref_log_probs`` have to
-            be over the same sets. Of the head the rows in the sets alone are read: two products of
-            length D for each entry of a set, and a third for the head's gradient. A token whose set
-            is itself has log-prob 0, no gradient, and costs nothing. Logits are float32, and tokens
-            that count for nothing are left out, so chunk_size, max_tokens and compact are refused.
+            entropy (in the loss too) and sum_sq_probs are those of this softmax, and
+            ``old_log_probs`` and ``ref_log_probs`` have to be over the same sets. Of the head the
+            rows in the sets alone are read: two products of length D for each entry of a set, and a
+            third for the head's gradient. A token whose set is itself has log-prob 0, no gradient,
+            and costs nothing. Logits are float32, and tokens that count for nothing are left out,
+            so chunk_size, max_tokens and compact are refused. On a CPU the head's gradient is
+            sparse until backward, and its rows that are in no set take no memory until somebody
+            writes them. With ``tp_group`` every rank has the sets of the whole vocabulary and reads
+            the rows that are its own.
             A token that counts must be in its set: mask tokens without a set here, and add the loss
             of a call without ``kept`` whose mask is theirs.
         tp_group: the process group, or its 1-D DeviceMesh, over whose ranks the head is spread:
@@ -183,6 +186,7 @@ def linear_policy_loss(
             hidden, lm_head_weight, bias, tp_group, vocab_size, partial_hidden_grad
         )
     check_head(hidden, lm_head_weight, bias, empty=shard.spread)
+    vocabulary = shard.vocabulary if shard.spread else lm_head_weight.shape[0]
     wanted = Wanted(entropy, return_log_probs, return_metrics, sum_sq_probs)
     settings, rows, rollout_sums = make_row_call(
         "linear_policy_loss", hidden, token_ids,
@@ -190,17 +194,11 @@ def linear_policy_loss(
             options, old_log_probs=old_log_probs, advantages=advantages, mask=mask, weights=weights
         ),
         row_settings(temperature, logit_softcap, wanted, shard),
-        vocabulary=shard.vocabulary if shard.spread else lm_head_weight.shape[0],
-        wanted=wanted, bonus=EntropyBonus(entropy_coef, entropy_weights),
+        vocabulary=vocabulary, wanted=wanted, bonus=EntropyBonus(entropy_coef, entropy_weights),
     )  # fmt: skip
-    function, third = LinearPolicyLossFunction, chunks
     if kept is not None:
-        chunks.check_unused(
-            entropy_coef=rows.entropy_weights is not None, sum_sq_probs=sum_sq_probs,
-            tp_group=shard.spread,
-        )  # fmt: skip
-        check_kept(kept, token_ids, mask, lm_head_weight.shape[0])
-        function, third = KeptPolicyLossFunction, kept
+        chunks.check_unused()
+        check_kept(kept, token_ids, mask, vocabulary)
     hidden, lm_head_weight, bias = whole_head(hidden, lm_head_weight, bias)
     needed = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -208,8 +206,8 @@ def linear_policy_loss(
     )
     # What autocast asks for has been done: inside, it would cast the products' float32 operands.
     with without_autocast(hidden.device.type):
-        results = function.apply(
-            hidden, lm_head_weight, bias, rows, settings, third,
+        results = LinearPolicyLossFunction.apply(
+            hidden, lm_head_weight, bias, rows, settings, chunks, kept,
             implementation_for(impl, hidden), needed,
         )  # fmt: skip
     return wanted.outputs(results, token_ids.shape, weights, settings, rollout_sums)

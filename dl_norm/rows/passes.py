@@ -37,7 +37,7 @@ def logits_forward(
     differ = check_agreement(rows, settings.shard)
     row_pass(implementation(impl), settings.shard)(logits, grad, rows, 0, settings, outputs)
     loss, *rest = _collect(outputs, half, settings, impl)
-    return _nan_where(differ, loss), *rest
+    return nan_where(differ, loss), *rest
 
 
 def linear_forward(
@@ -59,7 +59,7 @@ def linear_forward(
         row_pass(implementation(impl), settings.shard), needed,
     )  # fmt: skip
     loss, *rest = _collect(outputs, half, settings, impl)
-    loss = _nan_where(differ, _nan_where(plan.overflow, loss))
+    loss = nan_where(differ, nan_where(plan.overflow, loss))
     # float16 stays in float32 until backward has scaled it; elsewhere nothing is gained by that.
     finals = [hidden.new_empty(0) if grad is None else grad for grad in grads]
     if hidden.dtype != torch.float16:
@@ -115,7 +115,7 @@ def _or_empty(outputs: RowOutputs) -> tuple[Tensor, Tensor]:
     return entropy, sum_sq_probs
 
 
-def _nan_where(wrong: Tensor | None, loss: Tensor) -> Tensor:
+def nan_where(wrong: Tensor | None, loss: Tensor) -> Tensor:
     return loss if wrong is None else torch.where(wrong, torch.nan, loss)
 
 

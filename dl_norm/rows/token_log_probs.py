@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import has_no_values
 from ..device import implementation_for
-from ..kept.autograd import kept_token_log_probs
 from ..kept.sets import KeptSets, check_kept
-from .autograd import log_probs_op
+from .autograd import token_log_probs_forward
 from .chunks import ChunkOptions
 from .inputs import Wanted, check_logits, check_token_ids, row_settings
 from .linear import check_head, whole_head, without_autocast
-from .passes import log_probs_forward
 from .records import TokenRows, VocabShard
 from .shards import TensorParallelGroup, shard_of_head, shard_of_logits
 
@@ -95,7 +92,7 @@ def token_log_probs(
     vocabulary = shard.vocabulary if shard.spread else vocabulary
     check_token_ids(token_ids, mask, hidden_or_logits.detach()[..., 0], vocabulary)
     if kept is not None:
-        chunks.check_unused(sum_sq_probs=sum_sq_probs, tp_group=shard.spread)
+        chunks.check_unused()
         check_kept(kept, token_ids, mask, vocabulary)
     if mask is None:
         active = torch.ones(token_ids.numel(), dtype=torch.bool, device=token_ids.device)
@@ -106,25 +103,12 @@ def token_log_probs(
         hidden_or_logits, lm_head_weight, bias = whole_head(hidden_or_logits, lm_head_weight, bias)
     elif hidden_or_logits.stride(-1) != 1:
         hidden_or_logits = hidden_or_logits.contiguous()
-    tensors = hidden_or_logits, lm_head_weight, bias
-    ids = token_ids.reshape(-1).contiguous()
+    rows = TokenRows(token_ids.reshape(-1).contiguous(), active)
     # What autocast asks for has been done.
-    with without_autocast(ids.device.type):
-        if kept is not None:
-            assert lm_head_weight is not None
-            rows = TokenRows(ids, active)
-            results = kept_token_log_probs(
-                hidden_or_logits, lm_head_weight, bias, rows, settings, kept, impl
-            )
-            results = *results, results[0].new_empty(0)
-        elif has_no_values(ids):
-            results = log_probs_op(
-                *tensors, ids, active, settings.temperature, settings.softcap, entropy,
-                sum_sq_probs, shard, chunks, impl,
-            )  # fmt: skip
-        else:
-            rows = TokenRows(ids, active)
-            results = log_probs_forward(*tensors, rows, settings, chunks, impl)
+    with without_autocast(token_ids.device.type):
+        results = token_log_probs_forward(
+            hidden_or_logits, lm_head_weight, bias, rows, settings, chunks, kept, impl
+        )
     asked = (True, entropy, sum_sq_probs)
     found = [
         values.view(token_ids.shape) for values, yes in zip(results, asked, strict=True) if yes

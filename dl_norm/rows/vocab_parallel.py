@@ -56,10 +56,9 @@ def row_pass(module: ModuleType, shard: VocabShard) -> Callable[..., None]:
         sums = torch.zeros((count, rows.count), dtype=torch.float32, device=logits.device)
         module.row_sums(logits, rows, first_row, settings, sums)
         span = slice(first_row, first_row + logits.shape[:-1].numel())
-        own = rows.token_ids[span] - shard.first
-        is_here = (own >= 0) & (own < logits.shape[-1])
-        sums[:, span] = _combined(
-            sums[:, span], is_here, with_entropy(rows, settings), shard,
+        here = is_here(rows.token_ids[span], shard, logits.shape[-1])
+        sums[:, span] = combined(
+            sums[:, span], here, with_entropy(rows, settings), shard,
             module.reference_scale(settings),
         )  # fmt: skip
         module.logits_pass(logits, grad, rows, first_row, settings, outputs, sums)
@@ -67,9 +66,13 @@ def row_pass(module: ModuleType, shard: VocabShard) -> Callable[..., None]:
     return spread_pass
 
 
-def _combined(
-    sums: Tensor, is_here: Tensor, entropy: bool, shard: VocabShard, scale: float
-) -> Tensor:
+def is_here(token_ids: Tensor, shard: VocabShard, words: int) -> Tensor:
+    """Whether a token is one of the ``words`` that this process has."""
+    own = token_ids - shard.first
+    return (own >= 0) & (own < words)
+
+
+def combined(sums: Tensor, here: Tensor, entropy: bool, shard: VocabShard, scale: float) -> Tensor:
     """What ``row_sums`` wrote, over all processes, relative to one reference."""
     reference = sums[0].clone()
     all_reduce(reference, shard, "MAX")
@@ -77,7 +80,7 @@ def _combined(
     shift = ((sums[0] - reference) * scale).clamp_(min=-300.0)
     factor = shift.exp2()
     _, own, total, *more = sums
-    added = [torch.where(is_here, own + shift, 0.0), total * factor]
+    added = [torch.where(here, own + shift, 0.0), total * factor]
     if entropy:
         added.append((more.pop(0) + shift * total) * factor)
     added += [squares * factor.square() for squares in more]
@@ -107,19 +110,25 @@ class SumOverShards:
         self.under_way.clear()
 
 
-def check_agreement(rows: TokenRows, shard: VocabShard, **sizes: int) -> Tensor | None:
+def checksum(values: Tensor) -> Tensor:
+    """0-dim int64, of integers: their sum, each times what depends on its place."""
+    place = torch.arange(1, values.shape[0] + 1, device=values.device)
+    return (values.long() * (place % 8191)).sum()
+
+
+def check_agreement(rows: TokenRows, shard: VocabShard, **sizes: int | Tensor) -> Tensor | None:
     """The processes must have the same tokens and cut them alike, or they would add up what does
     not belong together. Where they do not: ValueError on every process if values are free, else
     the returned bool (0-dim) is True. None if the vocabulary is not spread.
     """
     if not shard.spread:
         return None
-    device = rows.token_ids.device
-    ids = torch.where(rows.active, rows.token_ids.long() + 1, 0)
-    place = torch.arange(1, rows.count + 1, device=device)
-    checksum = (ids * (place % 8191)).sum()
+    of_ids = checksum(torch.where(rows.active, rows.token_ids.long() + 1, 0))
     known = [shard.vocabulary, rows.count, *sizes.values()]
-    mine = torch.stack([*(torch.full_like(checksum, size) for size in known), checksum])
+    mine = torch.stack(
+        [*(size if isinstance(size, Tensor) else torch.full_like(of_ids, size) for size in known),
+         of_ids]
+    )  # fmt: skip
     both = torch.cat([mine, -mine])
     all_reduce(both, shard, "MAX")
     largest, least = both.chunk(2)
