@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dl_norm.kept import head_grad
+from dl_norm._kept import head_grad
 
 Call = Callable[[], object]
 # A trial is set up untimed and returns the call to time.

@@ -31,7 +31,7 @@ def importable_adapters() -> list[str]:
             print(f"left out {adapter.name}: {error}", file=sys.stderr)
         else:
             names.append(adapter.name)
-    names.remove("dl_norm.integrations.shared")  # of the adapters alone
+    names.remove("dl_norm.integrations._shared")  # of the adapters alone
     return names
 
 

@@ -42,15 +42,15 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 import dl_norm
-from dl_norm.batch import Batch
+from dl_norm._batch import Batch
+from dl_norm._kl import K3, KL
+from dl_norm._log_probs import launch
+from dl_norm._options import TokenLoss, make_token_loss
+from dl_norm._rollout import NO_ROLLOUT, Reject, RolloutCorrection
 from dl_norm.kernels.logits_policy_loss import RowTokens
 from dl_norm.kernels.policy_loss import TokenStreams
 from dl_norm.kernels.rollout import RolloutTerms
 from dl_norm.kernels.surrogates import KLTerms, TokenTerms
-from dl_norm.kl import K3, KL
-from dl_norm.log_probs import launch
-from dl_norm.options import TokenLoss, make_token_loss
-from dl_norm.rollout import NO_ROLLOUT, Reject, RolloutCorrection
 from dl_norm.surrogates import Surrogate
 
 TARGETS = {

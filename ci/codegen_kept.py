@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dl_norm.kept.entries import Entries
-from dl_norm.kept.launch import kept_head_grad, kept_hidden_grad, kept_log_probs, kept_sums
-from dl_norm.rows.records import RowSettings
+from dl_norm._kept.entries import Entries
+from dl_norm._kept.launch import kept_head_grad, kept_hidden_grad, kept_log_probs, kept_sums
+from dl_norm._rows.records import RowSettings
 
 LOG_PROBS, HIDDEN_GRAD, HEAD_GRAD = (
     f"kept_{name}_kernel" for name in ("log_probs", "hidden_grad", "head_grad")

@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dl_norm.rows.launch import logits_pass, row_sums
-from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows, VocabShard, with_entropy
+from dl_norm._rows.launch import logits_pass, row_sums
+from dl_norm._rows.records import RowOutputs, RowSettings, TokenRows, VocabShard, with_entropy
 
 
 @dataclass(frozen=True)

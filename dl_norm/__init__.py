@@ -15,19 +15,19 @@ from ._version import __version__
 _is_command = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
 if TYPE_CHECKING or not _is_command:
     from . import reference
-    from .formula import surrogate
-    from .kept.sets import KeptSets
-    from .kl import KL
-    from .log_probs.loss import delta_l_loss, policy_loss
-    from .log_probs.modules import DeltaLLoss
-    from .log_probs.off_policy import off_policy_sequence_mask
-    from .log_probs.selection import clip_cov_mask, kl_cov_tokens, second_moment_mask
-    from .metrics import PolicyLossMetrics
-    from .rollout import Reject, RolloutCorrection, rollout_mean_weight
-    from .rows.inputs import PolicyLossOutputs
-    from .rows.linear import linear_policy_loss
-    from .rows.logits import logits_policy_loss
-    from .rows.token_log_probs import token_log_probs
+    from ._formula import surrogate
+    from ._kept.sets import KeptSets
+    from ._kl import KL
+    from ._log_probs.loss import delta_l_loss, policy_loss
+    from ._log_probs.modules import DeltaLLoss
+    from ._log_probs.off_policy import off_policy_sequence_mask
+    from ._log_probs.selection import clip_cov_mask, kl_cov_tokens, second_moment_mask
+    from ._metrics import PolicyLossMetrics
+    from ._rollout import Reject, RolloutCorrection, rollout_mean_weight
+    from ._rows.inputs import PolicyLossOutputs
+    from ._rows.linear import linear_policy_loss
+    from ._rows.logits import logits_policy_loss
+    from ._rows.token_log_probs import token_log_probs
     from .surrogates import Surrogate
     from .weights import (
         context_parallel_lengths,

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from . import theory
-from .checks import check_number
+from ._checks import check_number
 from .weights import METHODS, sequence_lengths
 
 Slice = tuple[Tensor, Tensor, Tensor]  # (G,) lengths, proxies and group ids, -1 for none

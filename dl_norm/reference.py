@@ -13,13 +13,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .call import make_call, token_options
-from .checks import REAL_DTYPES
-from .kl import token_kl
-from .metrics import PolicyLossMetrics, RolloutMetrics
-from .options import TokenLoss, kind_of, surrogate_of
-from .rollout import FINITE, Rollout
+from ._batch import Batch
+from ._call import make_call, token_options
+from ._checks import REAL_DTYPES
+from ._kl import token_kl
+from ._metrics import PolicyLossMetrics, RolloutMetrics
+from ._options import TokenLoss, kind_of, surrogate_of
+from ._rollout import FINITE, Rollout
 from .surrogates import clamp, clipped_tokens
 
 

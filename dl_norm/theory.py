@@ -26,8 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .aggregations import METHODS as METHODS
-from .aggregations import Aggregation, Method, aggregation
+from ._aggregations import METHODS as METHODS
+from ._aggregations import Aggregation, Method, aggregation
 
 Floats = NDArray[np.float64]
 # More groups than these are merged at random before they are resampled: the sums over 4096 parts
@@ -120,7 +120,7 @@ def method_statistics(
 ) -> AggregationStatistics:
     r"""Statistics of a method under Var(g_i) = V L_i^beta, as closed forms in sums of powers of L.
 
-    A method is a row of :data:`dl_norm.aggregations.AGGREGATIONS`, x_i = s_c L_i^p / (M^m S_c(q)).
+    A method is a row of :data:`dl_norm._aggregations.AGGREGATIONS`, x_i = s_c L_i^p / (M^m S_c(q)).
     With S_c(e) the sum of L_i^e over the sequences of cell c with L_i > 0,
 
         E = sum_c s_c S_c(p) / (M^m S_c(q)),

@@ -1,6 +1,6 @@
 """Device code of rollout correction: the weight of a token, and of its sequence.
 
-Its host side is in dl_norm/rollout.py.
+Its host side is in dl_norm/_rollout.py.
 """
 
 from typing import Any, NamedTuple

@@ -44,6 +44,9 @@ from torch import Tensor
 
 import dl_norm
 from dl_norm.integrations import (
+    _shared as shared,
+)
+from dl_norm.integrations import (
     areal,
     megatron_rl,
     miles,
@@ -51,7 +54,6 @@ from dl_norm.integrations import (
     nemo_rl,
     open_instruct,
     prime_rl,
-    shared,
     skyrl,
     slime,
     unsloth,

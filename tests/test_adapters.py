@@ -41,11 +41,13 @@ from adapter_tools import (
 
 import dl_norm
 from dl_norm.integrations import (
+    _shared as shared,
+)
+from dl_norm.integrations import (
     areal,
     miles,
     nemo_rl,
     prime_rl,
-    shared,
     skyrl,
     slime,
 )
@@ -139,7 +141,7 @@ def test_bad_options_raise(
 def test_every_adapter_is_here() -> None:
     """A new module of the folder gets a run, and so all tests above."""
     names = {path.stem for path in (ROOT / "dl_norm" / "integrations").glob("*.py")}
-    names -= {"__init__", "shared", "rollout", "kept", "log_probs", "slime_loss", "verl_head"}
+    names -= {"__init__", "_shared", "rollout", "kept", "log_probs", "slime_loss", "verl_head"}
     names -= {name for name in names if name.startswith("trl")}
     covered = {run.rpartition("-")[0].replace("-", "_") for run in ALL}
     assert names == covered
@@ -190,7 +192,7 @@ from adapter_stand_ins import import_roll
 from adapter_tools import ALPHA, LENGTHS, M, T
 from types import SimpleNamespace
 import dl_norm
-from dl_norm.integrations import shared
+from dl_norm.integrations import _shared as shared
 
 rank = int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)

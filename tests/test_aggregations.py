@@ -25,7 +25,7 @@ import dl_norm
 from bench import scale
 from bench.lift import lift
 from dl_norm import theory
-from dl_norm.aggregations import AGGREGATIONS, METHODS, Method
+from dl_norm._aggregations import AGGREGATIONS, METHODS, Method
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPED = [name for name, row in AGGREGATIONS.items() if row.takes_groups]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.log_probs import autograd, closed_form, launch
-from dl_norm.options import make_token_loss
+from dl_norm._log_probs import autograd, closed_form, launch
+from dl_norm._options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch")
 
@@ -354,7 +354,7 @@ def test_opcheck(layout, dtype, make_batch):
     batch = make_batch([5, 0, 9], 11, layout=layout, holes=True, dtype=dtype, ref=True)
     terms = make_token_loss(eps_high=0.28, dual_clip=3.0, beta=0.1)
     for write_grad, metrics in ((True, True), (False, False), (True, False)):
-        records = dl_norm.batch.make_batch(
+        records = dl_norm._batch.make_batch(
             *batch.args(), cu_seqlens=batch.cu_seqlens, ref_log_probs=batch.ref_log_probs
         )
         operator = autograd.policy_loss_op

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.batch import make_batch
-from dl_norm.log_probs import launch
-from dl_norm.options import make_token_loss
+from dl_norm._batch import make_batch
+from dl_norm._log_probs import launch
+from dl_norm._options import make_token_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 B, T, N, G = 3, 8, 20, 4

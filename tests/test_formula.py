@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 import dl_norm
-from dl_norm.formula import FormulaSurrogate
+from dl_norm._formula import FormulaSurrogate
 from dl_norm.surrogates import KINDS, Surrogate, load
 
 ROOT = Path(__file__).resolve().parents[1]

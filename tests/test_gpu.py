@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dl_norm
+from dl_norm._log_probs import launch
 from dl_norm.kernels import policy_loss as kernels
-from dl_norm.log_probs import launch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,10 +17,10 @@ import torch
 import dl_norm
 from bench.timing import peak_memory
 from dl_norm import KeptSets, linear_policy_loss, token_log_probs
-from dl_norm.kept import closed_form
-from dl_norm.kept.entries import make_entries
-from dl_norm.kept.passes import implementation
-from dl_norm.rows.records import WHOLE, RowSettings, TokenRows, VocabShard
+from dl_norm._kept import closed_form
+from dl_norm._kept.entries import make_entries
+from dl_norm._kept.passes import implementation
+from dl_norm._rows.records import WHOLE, RowSettings, TokenRows, VocabShard
 
 sys.path.append(str(Path(__file__).parent))
 

@@ -223,10 +223,10 @@ def test_inside_torch_compile(make_case, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_operators_have_the_shapes_that_they_say(make_case, dtype):
-    from dl_norm.options import make_token_loss
-    from dl_norm.rows.autograd import linear_op, log_probs_op
-    from dl_norm.rows.chunks import ChunkOptions
-    from dl_norm.rows.records import WHOLE, RowSettings, TokenRows
+    from dl_norm._options import make_token_loss
+    from dl_norm._rows.autograd import linear_op, log_probs_op
+    from dl_norm._rows.chunks import ChunkOptions
+    from dl_norm._rows.records import WHOLE, RowSettings, TokenRows
 
     case = make_case(dtype=dtype)
     ids, active = case.token_ids.flatten(), case.mask.flatten()

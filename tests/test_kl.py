@@ -13,7 +13,7 @@ import torch
 import dl_norm
 from bench.lift import NotInstalled, lift
 from dl_norm import KL
-from dl_norm.kl import token_kl
+from dl_norm._kl import token_kl
 
 LENGTHS = [60, 0, 397, 3, 350, 0]
 BUDGET = 3e-6

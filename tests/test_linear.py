@@ -15,8 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dl_norm
-from dl_norm.rows.linear import linear_policy_loss
-from dl_norm.rows.logits import logits_policy_loss
+from dl_norm._rows.linear import linear_policy_loss
+from dl_norm._rows.logits import logits_policy_loss
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -217,7 +217,7 @@ def test_masked_positions_may_hold_anything(make_case, impl, on_gpu, options, mo
         tensor[masked] = float("nan")
     case.token_ids[masked] = -100
     if on_gpu:
-        monkeypatch.setattr("dl_norm.rows.chunks.values_are_free", lambda tensor: False)
+        monkeypatch.setattr("dl_norm._rows.chunks.values_are_free", lambda tensor: False)
     loss, grads = run(case, impl, chunk_size=4, **options)
     torch.testing.assert_close(loss, expected[0], rtol=2e-6, atol=0)
     assert not grads[0][masked].any()
@@ -227,7 +227,7 @@ def test_masked_positions_may_hold_anything(make_case, impl, on_gpu, options, mo
 
 def rows_multiplied(monkeypatch):
     """A list that fills with the rows of every product with the head."""
-    from dl_norm.rows import chunks as linear_chunks
+    from dl_norm._rows import chunks as linear_chunks
 
     rows, original = [], linear_chunks._logits
 
@@ -254,7 +254,7 @@ def test_dropped_tokens_are_not_multiplied(make_case, impl, monkeypatch):
     assert sum(rows) == counted  # but it has a log-prob
     assert (outputs.log_probs[1] != 0).equal(case.mask[1])
 
-    monkeypatch.setattr("dl_norm.rows.chunks.values_are_free", lambda tensor: False)
+    monkeypatch.setattr("dl_norm._rows.chunks.values_are_free", lambda tensor: False)
     for options, number in (
         ({}, 48),
         ({"max_tokens": used + 3}, used + 3),

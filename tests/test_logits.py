@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.rows.logits import logits_policy_loss
+from dl_norm._rows.logits import logits_policy_loss
 
 # Lanes of no logit: see test_no_invalid_arithmetic.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.log_probs import loss as functional
+from dl_norm._log_probs import loss as functional
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 LENGTHS = torch.tensor([3, 5, 1])
@@ -143,7 +143,7 @@ def test_a_flag_that_is_none(name):
 
 
 def test_triton_without_triton(monkeypatch):
-    monkeypatch.setattr("dl_norm.device.HAS_TRITON", False)
+    monkeypatch.setattr("dl_norm._device.HAS_TRITON", False)
     with pytest.raises(ValueError, match='impl="triton" needs Triton, which is not installed'):
         call("triton")
 

@@ -99,7 +99,7 @@ for file in (dl_norm.__file__, module.__file__):
 import torch
 weights = dl_norm.sequence_weights(torch.tensor([1, 3]), max_length=4)
 assert weights.tolist() == [0.1875, 0.0625], weights
-from dl_norm.log_probs.launch import policy_loss_fwd
+from dl_norm._log_probs.launch import policy_loss_fwd
 """
 
 

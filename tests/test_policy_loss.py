@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.keywords import CallOptions
+from dl_norm._keywords import CallOptions
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 FP32_BUDGET = 2e-6

@@ -98,9 +98,9 @@ def test_contributing_names_every_module() -> None:
     rooms = (
         "dl_norm",
         "dl_norm/integrations",
-        "dl_norm/kept",
-        "dl_norm/log_probs",
-        "dl_norm/rows",
+        "dl_norm/_kept",
+        "dl_norm/_log_probs",
+        "dl_norm/_rows",
         "dl_norm/surrogates",
         "dl_norm/weights",
         "dl_norm/kernels",

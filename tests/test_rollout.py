@@ -15,8 +15,8 @@ import torch
 
 import dl_norm
 from dl_norm import Reject, RolloutCorrection
-from dl_norm.log_probs import autograd
-from dl_norm.options import make_token_loss
+from dl_norm._log_probs import autograd
+from dl_norm._options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch")
 NAN, INF, SENTINEL = math.nan, math.inf, -9999.0
@@ -380,7 +380,7 @@ def test_compile_rows():
 def test_operator():
     """Its schema, and that it makes the records of their parts again."""
     problem = Problem()
-    records = dl_norm.batch.make_batch(
+    records = dl_norm._batch.make_batch(
         problem.log_probs, problem.old, problem.advantages, problem.mask, problem.weights,
         rollout_log_probs=problem.rollout,
     )  # fmt: skip

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.options import make_token_loss
-from dl_norm.rows import autograd as row_autograd
-from dl_norm.rows.chunks import ChunkOptions
-from dl_norm.rows.records import RowSettings, TokenRows, VocabShard
+from dl_norm._options import make_token_loss
+from dl_norm._rows import autograd as row_autograd
+from dl_norm._rows.chunks import ChunkOptions
+from dl_norm._rows.records import RowSettings, TokenRows, VocabShard
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")

@@ -14,10 +14,10 @@ import torch
 
 import dl_norm
 from bench.timing import peak_memory
-from dl_norm.options import make_token_loss
-from dl_norm.rows import closed_form as logits_closed_form
-from dl_norm.rows import passes as row_passes
-from dl_norm.rows.records import RowSettings, TokenRows
+from dl_norm._options import make_token_loss
+from dl_norm._rows import closed_form as logits_closed_form
+from dl_norm._rows import passes as row_passes
+from dl_norm._rows.records import RowSettings, TokenRows
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -233,7 +233,7 @@ def test_gradients_beyond_32_bits(in_place, device, monkeypatch):
     logits, or of a gradient, are addresses. Not in place the logits are one row, repeated by a
     stride of 0. The closed form has no addresses of its own.
     """
-    from dl_norm.rows import launch as logits_launch
+    from dl_norm._rows import launch as logits_launch
 
     # In place every row starts at another distance from a 16-byte boundary. Else rows whose
     # distances differ are copied, all of them.

@@ -21,7 +21,7 @@ from adapter_tools import Lenient, lift
 import dl_norm
 from bench.lift import NotInstalled
 from bench.lift import lift as lift_installed
-from dl_norm.log_probs.order import largest, order_keys, smallest_of_mean_below
+from dl_norm._log_probs.order import largest, order_keys, smallest_of_mean_below
 
 RANKS = 2
 WORST = math.inf, -math.inf, 1e30, -0.0, 0.0, 1e-40, -1e-40

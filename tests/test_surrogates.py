@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 import dl_norm
-from dl_norm.options import RATIO_LEVELS
+from dl_norm._options import RATIO_LEVELS
 from dl_norm.surrogates import (
     SURROGATES,
     Clip,
@@ -426,5 +426,5 @@ def test_named_constant_ratio_losses(impl):
 
 
 def test_every_name_is_a_keyword_for_type_checkers():
-    assert set(typing.get_args(dl_norm.keywords.SurrogateName)) == set(SURROGATES)
-    assert set(typing.get_args(dl_norm.keywords.RatioLevel)) == set(RATIO_LEVELS)
+    assert set(typing.get_args(dl_norm._keywords.SurrogateName)) == set(SURROGATES)
+    assert set(typing.get_args(dl_norm._keywords.RatioLevel)) == set(RATIO_LEVELS)

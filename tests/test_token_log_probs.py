@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dl_norm.rows.linear import linear_policy_loss
-from dl_norm.rows.logits import logits_policy_loss
-from dl_norm.rows.token_log_probs import token_log_probs
+from dl_norm._rows.linear import linear_policy_loss
+from dl_norm._rows.logits import logits_policy_loss
+from dl_norm._rows.token_log_probs import token_log_probs
 
 # Lanes of no logit: see test_no_invalid_arithmetic in test_logits.py.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning")
@@ -111,7 +111,7 @@ def test_on_policy_ratio_over_other_chunks(tensors, impl, dtype, bound):
 def test_compaction_without_reading_values(tensors, impl, options, monkeypatch):
     hidden, head, ids, mask = tensors()
     expected = token_log_probs(hidden, ids, head, mask=mask, impl=impl)
-    monkeypatch.setattr("dl_norm.rows.chunks.values_are_free", lambda tensor: False)
+    monkeypatch.setattr("dl_norm._rows.chunks.values_are_free", lambda tensor: False)
     result = token_log_probs(hidden, ids, head, mask=mask, impl=impl, **options)
     torch.testing.assert_close(result, expected, rtol=2e-6, atol=2e-6)
     assert not result[~mask].any()

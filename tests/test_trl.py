@@ -365,7 +365,7 @@ def test_all_completions_masked_gives_zero_loss_and_gradient(model_path, tmp_pat
         completions = [[5] * MAX_LENGTH for _ in prompts]
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
-    for aggregation in dl_norm.aggregations.AGGREGATIONS:
+    for aggregation in dl_norm._aggregations.AGGREGATIONS:
         gradients, logs = run(
             DeltaLGRPOTrainer,
             model_path,

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import dl_norm
-from dl_norm.log_probs import autograd
-from dl_norm.options import make_token_loss
+from dl_norm._log_probs import autograd
+from dl_norm._options import make_token_loss
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 BUDGET = 3e-6
@@ -422,7 +422,7 @@ def test_opcheck(make_batch):
     terms = make_token_loss(
         eps_high=0.28, beta=0.1, ratio_level="sequence", surrogate="cispo", bias_corrected_kl=True
     )
-    records = dl_norm.batch.make_batch(
+    records = dl_norm._batch.make_batch(
         *batch.args(), ref_log_probs=batch.ref_log_probs, **policy_masks(batch)
     )
     arguments = autograd.policy_loss_op.arguments(records, terms, True, True)

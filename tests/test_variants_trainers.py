@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench.lift import NotInstalled, lift
-from dl_norm.log_probs.off_policy import off_policy_sequence_mask
+from dl_norm._log_probs.off_policy import off_policy_sequence_mask
 from dl_norm.surrogates import DppoKL, DppoTV, Gmpo
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import dl_norm
-from dl_norm.options import make_token_loss
-from dl_norm.rows import vocab_parallel
-from dl_norm.rows.passes import implementation
-from dl_norm.rows.records import RowOutputs, RowSettings, TokenRows, VocabShard
+from dl_norm._options import make_token_loss
+from dl_norm._rows import vocab_parallel
+from dl_norm._rows.passes import implementation
+from dl_norm._rows.records import RowOutputs, RowSettings, TokenRows, VocabShard
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)

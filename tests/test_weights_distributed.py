@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import dl_norm
-from dl_norm.aggregations import AGGREGATIONS
+from dl_norm._aggregations import AGGREGATIONS
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("torch has no gloo", allow_module_level=True)

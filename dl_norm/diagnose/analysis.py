@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import theory
-from ..aggregations import AGGREGATIONS, Method
+from .._aggregations import AGGREGATIONS, Method
 from .columns import DEFAULTS, RolloutError
 from .rollouts import Rollouts
 from .values import MAX_LENGTH

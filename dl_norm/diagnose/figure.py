@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .. import theory
-from ..aggregations import AGGREGATIONS
+from .._aggregations import AGGREGATIONS
 from .analysis import BETA_RANGE, Diagnosis, MethodSummary, split_batches, squared_norms
 from .rollouts import Rollouts
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 import dl_norm
-from dl_norm.rollout import token_weights
+from dl_norm._rollout import token_weights
 
 from . import rollout as settings_of
-from .shared import adapter_loss, checked, required
+from ._shared import adapter_loss, checked, required
 
 
 class DeltaLLoss:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dl_norm import KeptSets
-from dl_norm.checks import values_are_free
+from dl_norm._checks import values_are_free
 
 from .log_probs import log_probs as with_gradient
 

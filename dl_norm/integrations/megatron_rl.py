@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .shared import token_mean_factors
+from ._shared import token_mean_factors
 
 
 def weight_advantages(rl_utils: Any, *, alpha: float = 1.0, max_length: int) -> None:

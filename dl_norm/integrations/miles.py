@@ -22,7 +22,7 @@ from torch import Tensor
 
 import dl_norm
 
-from .shared import needed, refuse
+from ._shared import needed, refuse
 from .slime import check_args, check_loss_args, masked_sum, max_length, with_kernels
 from .slime_loss import packed_loss
 

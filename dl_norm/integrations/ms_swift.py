@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared import refuse, row_factors
+from ._shared import refuse, row_factors
 
 
 class DeltaLAdvantages:

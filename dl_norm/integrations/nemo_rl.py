@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 import dl_norm
-from dl_norm.checks import check_number
+from dl_norm._checks import check_number
 
 from . import rollout as settings_of
+from ._shared import adapter_loss, checked, needed, on_host, refuse, required
 from .log_probs import shard_log_probs
-from .shared import adapter_loss, checked, needed, on_host, refuse, required
 
 # Fields of ClippedPGLossConfig that have no counterpart here.
 _REFUSED = (

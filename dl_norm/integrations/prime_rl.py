@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dl_norm.metrics import PolicyLossMetrics
+from dl_norm._metrics import PolicyLossMetrics
 from dl_norm.surrogates import DppoTV, Drift, Ipo
 
+from ._shared import adapter_loss, checked, needed, offsets, required, setting, token_mean_factors
 from .kept import log_probs as kept_log_probs
 from .kept import padded_sets
-from .shared import adapter_loss, checked, needed, offsets, required, setting, token_mean_factors
 
 _NEEDS = "prime-rl, from its repository"
 

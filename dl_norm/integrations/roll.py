@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dl_norm
-from dl_norm.metrics import PolicyLossMetrics
+from dl_norm._metrics import PolicyLossMetrics
 from dl_norm.weights import gradient_scale
 
 from . import rollout as settings_of
-from .shared import adapter_loss, on_host, refuse, required
+from ._shared import adapter_loss, on_host, refuse, required
 
 try:
     from roll.distributed.scheduler.decorator import Dispatch, register

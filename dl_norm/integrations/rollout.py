@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rollout import Reject, RolloutCorrection
+from .._rollout import Reject, RolloutCorrection
 
 
 def trl(args: Any) -> RolloutCorrection | None:

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rollout import RolloutCorrection
+from .._rollout import RolloutCorrection
 from . import rollout as settings_of
-from .shared import adapter_loss, checked, clip_fraction, needed, on_host, required, row_factors
+from ._shared import adapter_loss, checked, clip_fraction, needed, on_host, required, row_factors
 
 REDUCTION = "seq_mean_token_sum_norm"
 _UTILS, _NEEDS = "skyrl.backends.skyrl_train.utils", "SkyRL 0.4 (pip install 'skyrl>=0.4,<0.5')"
@@ -54,7 +54,7 @@ def delta_l_policy_loss(
 
     Returns:
         (loss, metrics): "clip_ratio", and with a correction in the kernel those of
-        :class:`dl_norm.metrics.RolloutMetrics`. SkyRL takes metrics as Python floats, which is one
+        :class:`dl_norm._metrics.RolloutMetrics`. SkyRL takes metrics as Python floats, which is one
         host sync.
 
     Raises:

@@ -31,9 +31,9 @@ import dl_norm
 from dl_norm import KeptSets
 
 from . import rollout as settings_of
+from ._shared import needed, offsets, refuse, required, row_factors
 from .kept import listed_sets
 from .log_probs import shard_log_probs
-from .shared import needed, offsets, refuse, required, row_factors
 from .slime_loss import loss_of_logits, mean_weight, normalises, packed_loss
 
 _NEEDS = "slime with its Megatron backend, from its repository"

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import dl_norm
-from dl_norm.metrics import PolicyLossMetrics
+from dl_norm._metrics import PolicyLossMetrics
 
 from . import rollout as settings_of
+from ._shared import adapter_loss, clip_fraction, offsets, required
 from .log_probs import spread_over
-from .shared import adapter_loss, clip_fraction, offsets, required
 
 
 def packed_loss(

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dl_norm.rollout import needs_sequences, rollout_of
+from dl_norm._rollout import needs_sequences, rollout_of
 
-from .shared import (
+from ._shared import (
     adapter_loss,
     check_scales_with_advantages,
     checked,

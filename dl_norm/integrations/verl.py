@@ -64,11 +64,11 @@ from typing import Any
 from torch import Tensor
 
 import dl_norm
-from dl_norm.checks import check_number
-from dl_norm.rollout import token_weights
+from dl_norm._checks import check_number
+from dl_norm._rollout import token_weights
 
 from . import rollout as settings_of
-from .shared import adapter_loss, checked
+from ._shared import adapter_loss, checked
 
 _TESTED, _OLDEST, _UNTESTED = "0.9.1", "0.9", "0.10"
 _logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def compute_policy_loss_delta_l(
         The loss, and the means over this micro-batch's tokens ``actor/pg_clipfrac``,
         ``actor/pg_clipfrac_lower`` and ``actor/ppo_kl`` as 0-dim tensors (none of them with
         "reinforce", which has no ratio); with a correction in the kernel also ``rollout_corr/kl``
-        and ``k3_kl`` as verl has them, and what else :class:`dl_norm.metrics.RolloutMetrics` sums
+        and ``k3_kl`` as verl has them, and what else :class:`dl_norm._metrics.RolloutMetrics` sums
         up; with rejections before it ``rollout_corr/rollout_rs_masked_fraction``. Nothing here
         waits for the device: verl 0.9.1 reads the values itself, when it stores them.
 

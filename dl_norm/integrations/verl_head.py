@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dl_norm
 
-from .shared import needed
+from ._shared import needed
 
 
 def shard_outputs(

@@ -95,7 +95,7 @@ def load(surrogate: str | Surrogate | Callable[..., Any], **fields: float) -> Su
     if isinstance(found, type) and issubclass(found, Surrogate):
         return found(**fields)
     if callable(found) and not isinstance(found, type):
-        from ..formula import surrogate as of_formula
+        from .._formula import surrogate as of_formula
 
         return of_formula(found, **fields)
     raise TypeError(

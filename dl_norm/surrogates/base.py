@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from triton import JITFunction
 
-    from ..formula import FormulaSurrogate
+    from .._formula import FormulaSurrogate
 
 # By name: what an operator, whose arguments are plain values, can say of a token loss.
 KINDS: dict[str, type[Surrogate] | Surrogate] = {}
@@ -109,7 +109,7 @@ class Surrogate:
 
 def _of_class(cls: type[Surrogate]) -> FormulaSurrogate:
     """The surrogate of a class's formula, at the defaults of its fields or, without, at 1."""
-    from ..formula import FormulaSurrogate
+    from .._formula import FormulaSurrogate
 
     names = {f.name: 1.0 if f.default is MISSING else f.default for f in dataclasses.fields(cls)}  # type: ignore
 
@@ -189,7 +189,7 @@ class Sum(Surrogate):
         return self.closed_form(log_prob, ratio, advantage, *settings)[3:]
 
     def device(self) -> JITFunction:  # pyright: ignore[reportIncompatibleMethodOverride]
-        from ..triton_source import sum_function
+        from .._triton_source import sum_function
 
         numbers = tuple(len(part.extra_names) for part in self._resolved)
         functions = tuple(part.device() for part in self._resolved)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from .._checks import check_number
 from .base import Surrogate, clamp
 from .ratios import ConstantRatio
 

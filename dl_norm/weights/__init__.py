@@ -3,7 +3,7 @@
 How to move here from another aggregation, and on several processes: README.md beside this file.
 """
 
-from ..aggregations import AGGREGATIONS, METHODS, Method
+from .._aggregations import AGGREGATIONS, METHODS, Method
 from .context_parallel import context_parallel_lengths
 from .group_sums import Group
 from .lengths import sequence_lengths

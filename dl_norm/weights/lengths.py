@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_cu_seqlens, check_mask, values_are_free
+from .._checks import check_cu_seqlens, check_mask, values_are_free
 
 
 def sequence_lengths(mask: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:

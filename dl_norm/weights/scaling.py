@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checks import check_number
+from .._checks import check_number
 
 
 def gradient_scale(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..aggregations import Aggregation, Method, aggregation
-from ..checks import check_number, values_are_free
+from .._aggregations import Aggregation, Method, aggregation
+from .._checks import check_number, values_are_free
 from .cells import make_cells
 from .group_sums import Group, gather_over, sum_over
 from .lengths import check_lengths
@@ -57,7 +57,7 @@ def sequence_weights(
     Args:
         lengths: (G,) integer tensor, tokens that count in each sequence, e.g. ``mask.sum(-1)``.
             A sequence of length 0 gets weight 0 and is left out of every sum, of G and of P.
-        method: one of ``dl_norm.aggregations.AGGREGATIONS``.
+        method: one of ``dl_norm._aggregations.AGGREGATIONS``.
         alpha: exponent of ``"delta_l"``, 0 <= alpha <= 16. Must be left at 1 for other methods.
         max_length: the constant M > 0, in tokens, usually the maximum response length. Required
             for ``"delta_l"`` and ``"dr_grpo"``, refused for the others. Never read off padding.

@@ -8,8 +8,8 @@ from typing import Any
 
 from trl.trainer.grpo_config import GRPOConfig
 
-from dl_norm.aggregations import AGGREGATIONS
-from dl_norm.options import make_token_loss
+from dl_norm._aggregations import AGGREGATIONS
+from dl_norm._options import make_token_loss
 from dl_norm.surrogates import SURROGATES, Vespo, load
 
 # TRL's loss_type as aggregation and surrogate

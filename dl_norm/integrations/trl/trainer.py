@@ -14,7 +14,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 import dl_norm
-from dl_norm.aggregations import AGGREGATIONS, Method
+from dl_norm._aggregations import AGGREGATIONS, Method
 
 from ..rollout import trl as trl_correction
 from . import entropy
