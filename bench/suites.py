@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from bench import cases, head_peers, heads, kept, parity, peers
+from bench import cases, entropy, head_peers, heads, kept, parity, peers
 from bench.contest import Suite
 
 LOG_PROBS = Suite(
@@ -27,6 +27,19 @@ KEPT = Suite(
     contestants=kept.CONTESTANTS,
     truth=kept.truth,
     check=kept.check,
+    passes=("both",),
+)
+
+
+ENTROPY = Suite(
+    name="entropy",
+    about="linear_policy_loss with an entropy bonus: hidden states and head to loss and gradients",
+    cases=functools.partial(heads.cases_for, "linear"),
+    tiny=heads.tiny_cases("linear"),
+    make_inputs=heads.make_inputs,
+    contestants=entropy.CONTESTANTS,
+    truth=entropy.truth,
+    check=heads.check,
     passes=("both",),
 )
 
@@ -63,6 +76,7 @@ SUITES = {
             truth=heads.cross_entropy_truth,
             check=heads.check_cross_entropy,
         ),
+        ENTROPY,
         KEPT,
     )
 }

@@ -136,6 +136,7 @@ HERE = {  # contestants that can run on a CPU, by the package they need
         "liger-kernel": {"Liger scaled CE"},
     },
     "cross_entropy": {"": {OURS, "plain"}},
+    "entropy": {"": {OURS, "plain"}},
     "kept": {"": {OURS, "masked logits", "full head"}},
 }
 
