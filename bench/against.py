@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
     from bench import record
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("commit")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", default="", help="jobs whose name has this in it")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
-from bench import cases, entropy, head_peers, heads, kept, parity, peers
+from bench import cases, entropy, head_peers, heads, kept, parity, peers, precision
 from bench.contest import Suite
 
 LOG_PROBS = Suite(
@@ -44,6 +45,16 @@ ENTROPY = Suite(
 )
 
 
+PRECISION = dataclasses.replace(
+    ENTROPY,
+    name="precision",
+    about="linear_policy_loss of a bfloat16 head, and the precision of its logits",
+    make_inputs=precision.make_inputs,
+    contestants=precision.CONTESTANTS,
+    truth=heads.truth,
+)
+
+
 def _head_suite(name: str, about: str, **options) -> Suite:
     # One pass: where the gradient is made in the forward pass the two have no separate times.
     settings = {"passes": ("both",), "truth": heads.truth, "check": heads.check} | options
@@ -77,6 +88,7 @@ SUITES = {
             check=heads.check_cross_entropy,
         ),
         ENTROPY,
+        PRECISION,
         KEPT,
     )
 }

@@ -38,7 +38,7 @@ def with_urls(pyproject: str, address: str, tag: str) -> str:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("address", help="https://github.com/OWNER/NAME")
     parser.add_argument("tag")
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT)

@@ -137,6 +137,7 @@ HERE = {  # contestants that can run on a CPU, by the package they need
     },
     "cross_entropy": {"": {OURS, "plain"}},
     "entropy": {"": {OURS, "plain"}},
+    "precision": {"": {OURS, "dl_norm bfloat16 logits", "dl_norm float32 head", "plain"}},
     "kept": {"": {OURS, "masked logits", "full head"}},
 }
 
