@@ -198,8 +198,8 @@ def test_real(rollout: Rollout) -> None:
 SKYRL_PYTHON = Path(os.environ.get("SKYRL_PYTHON", ROOT / ".venv-skyrl" / "bin" / "python"))
 # Runs where SkyRL is installed. Rounded alike: two float32 sums of the same terms.
 IN_SKYRL = """
-import cloudpickle
 import torch
+from ray import cloudpickle
 from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 from skyrl.train.config import AlgorithmConfig
 from dl_norm.integrations import skyrl as delta_l
