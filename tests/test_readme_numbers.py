@@ -157,6 +157,18 @@ def sentences() -> Iterator[str]:
     )
 
 
+    rows = measured("precision")
+    case = "1024x256x16384"
+    fp32_logits, bf16_logits, fp32_head = (
+        milliseconds(rows[case, name])
+        for name in ("dl_norm", "dl_norm bfloat16 logits", "dl_norm float32 head")
+    )
+    yield (
+        f"with `fp32_logits=True` takes {fp32_logits} ms, with bfloat16 logits {bf16_logits}, made "
+        f"float32 first {fp32_head}"
+    )
+
+
 @pytest.mark.parametrize(
     "expected", [log_prob_lines, head_lines, step_lines, kept_lines, traffic_lines, sentences]
 )
