@@ -296,11 +296,8 @@ CONTROL = """
     @triton.jit
     def spilling(X, BLOCK: tl.constexpr):
         lane = tl.arange(0, BLOCK)
-        x = tl.load(X + lane)
-        y = tl.sort(x)
-        for _ in range(4):
-            y = tl.sort(x * y)
-        tl.store(X + lane, x + y)
+        x = tl.load(X + lane)  # 32 numbers a thread, which live through the sum, in 32 registers
+        tl.store(X + lane, x * tl.sum(x, axis=0))
 
     result = {}
     for arch in ("sm_90", "gfx942"):
