@@ -20,8 +20,10 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of this Python: head_peers imports what is compiled.
+SITE = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
 EXTRA_PATHS = (
-    *sorted(str(path) for path in ROOT.glob(".venv-*/lib/python3*/site-packages")),
+    *sorted(str(path) for path in ROOT.glob(f".venv-*/{SITE}")),
     str(ROOT / ".venv-peers"),  # pip install --no-deps --target .venv-peers trl==... verl==...
 )
 

@@ -156,7 +156,6 @@ def sentences() -> Iterator[str]:
         f"{milliseconds(compiled)} ms and {compiled['peak_bytes'] / 1e6:.0f} MB"
     )
 
-
     rows = measured("precision")
     case = "1024x256x16384"
     fp32_logits, bf16_logits, fp32_head = (
