@@ -6,6 +6,8 @@ torch.compile the forward pass is one opaque operator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,25 +35,6 @@ def _fake_forward(rows: TokenRows, settings: RowSettings, half: bool) -> Forward
         empty(rows.count if settings.sum_sq_probs else 0),
         empty(num_sums(settings.terms) if settings.metrics else 0), empty() if half else empty(0),
     )  # fmt: skip
-
-
-def _fake_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: TokenRows,
-    settings: RowSettings,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor, ...]:
-    half = any(needed) and hidden.dtype == torch.float16
-    grads = [
-        hidden.new_empty(
-            tensor.shape if need and tensor is not None else (0,),
-            dtype=torch.float32 if half and need and tensor is not hidden else hidden.dtype,
-        )
-        for tensor, need in zip((hidden, weight, bias), needed, strict=True)
-    ]
-    return *_fake_forward(rows, settings, half), *grads
 
 
 @operator("logits_policy_loss_fwd", outputs=7)
@@ -112,12 +95,18 @@ def _(
     bias: Tensor | None,
     rows: TokenRows,
     settings: RowSettings,
-    chunks: ChunkOptions,
-    kept: KeptSets | None,
-    impl: str,
-    needed: tuple[bool, ...],
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_linear(hidden, weight, bias, rows, settings, needed)
+    *_, needed = others
+    half = any(needed) and hidden.dtype == torch.float16
+    grads = [
+        hidden.new_empty(
+            tensor.shape if need and tensor is not None else (0,),
+            dtype=torch.float32 if half and need and tensor is not hidden else hidden.dtype,
+        )
+        for tensor, need in zip((hidden, weight, bias), needed, strict=True)
+    ]
+    return *_fake_forward(rows, settings, half), *grads
 
 
 @operator("token_log_probs", outputs=3)
@@ -146,21 +135,8 @@ def log_probs_op(
 
 
 @log_probs_op.fake
-def _(
-    hidden_or_logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    active: Tensor,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    sum_sq_probs: bool,
-    shard: VocabShard,
-    chunks: ChunkOptions,
-    kept: KeptSets | None,
-    impl: str,
-) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, _, token_ids, _, _, _, entropy, sum_sq_probs, *_ = arguments
     count = token_ids.shape[0]
     sizes = count, count if entropy else 0, count if sum_sq_probs else 0
     return tuple(token_ids.new_empty(size, dtype=torch.float32) for size in sizes)

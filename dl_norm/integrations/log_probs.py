@@ -25,14 +25,16 @@ def log_probs(
     mask: Tensor | None = None,
     entropy: bool = True,
     entropy_grad: bool = False,
+    sum_sq_probs: bool = False,
     **options: Any,
-) -> tuple[Tensor, Any]:
+) -> tuple[Any, ...]:
     """:func:`dl_norm.token_log_probs` and entropy, with gradients.
 
     Args:
         hidden_or_logits, token_ids, lm_head_weight, mask: as for :func:`dl_norm.token_log_probs`.
         entropy: whether it is wanted; otherwise it is None.
         entropy_grad: whether it has a gradient, too.
+        sum_sq_probs: whether sum p^2 is wanted, as a third output, which has no gradient.
         **options: of :func:`dl_norm.token_log_probs`: temperature, tp_group, kept, impl, ...
 
     Returns:
@@ -42,9 +44,11 @@ def log_probs(
         TypeError, ValueError: as :func:`dl_norm.token_log_probs`.
         RuntimeError: on a second derivative.
     """
-    wanted = entropy, entropy and entropy_grad
-    found = _LogProbs.apply(hidden_or_logits, lm_head_weight, token_ids, mask, wanted, options)
-    return found if entropy else (found, None)
+    asked = {"entropy": entropy, "sum_sq_probs": sum_sq_probs}
+    first, *others = _LogProbs.apply(
+        hidden_or_logits, lm_head_weight, token_ids, mask, asked, entropy_grad, options
+    )
+    return first, others.pop(0) if entropy else None, *others
 
 
 class _LogProbs(torch.autograd.Function):
@@ -55,19 +59,19 @@ class _LogProbs(torch.autograd.Function):
         weight: Tensor | None,
         token_ids: Tensor,
         mask: Tensor | None,
-        entropy: tuple[bool, bool],
+        asked: dict[str, bool],
+        entropy_grad: bool,
         options: dict[str, Any],
-    ) -> Tensor | tuple[Tensor, ...]:
-        wanted, differentiable = entropy
-        found = dl_norm.token_log_probs(
-            inputs, token_ids, weight, mask=mask, entropy=wanted, **options
+    ) -> tuple[Tensor, ...]:
+        found: Any = dl_norm.token_log_probs(
+            inputs, token_ids, weight, mask=mask, **asked, **options
         )
+        outputs = found if isinstance(found, tuple) else (found,)
         ctx.save_for_backward(inputs, weight, token_ids, mask)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        if isinstance(found, tuple) and not differentiable:
-            ctx.mark_non_differentiable(found[1])
-        return found
+        ctx.mark_non_differentiable(*outputs[2 if asked["entropy"] and entropy_grad else 1 :])
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -97,12 +101,12 @@ class _LogProbs(torch.autograd.Function):
             loss = loss_of(rows, *leaves[1:], token_ids, None, advantages, mask, ones, **options)
         found = iter(torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
         wanted = ctx.needs_input_grad[:2]
-        return *(next(found) if needed else None for needed in wanted), None, None, None, None
+        return *(next(found) if needed else None for needed in wanted), *(None,) * 5
 
 
 def shard_log_probs(
     logits: Tensor, token_ids: Tensor, group: Any, **options: Any
-) -> tuple[Tensor, Any]:
+) -> tuple[Any, ...]:
     """:func:`log_probs` of this rank's columns of the logits, cut evenly over ``group``.
 
     ``options``: entropy, entropy_grad, ... A group of one rank, or None, has whole rows.

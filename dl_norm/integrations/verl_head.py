@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import dl_norm
-
 from ._shared import needed
+from .log_probs import log_probs
 
 
 def shard_outputs(
@@ -45,42 +43,13 @@ def shard_outputs(
     Raises:
         TypeError, ValueError: as :func:`dl_norm.token_log_probs`.
     """
-    found = _ShardOutputs.apply(logits, labels, group, entropy, sum_sq_probs, vocab_size)
-    asked = {"log_probs": True, "entropy": entropy, "sum_pi_squared": sum_sq_probs}
-    return dict(zip([name for name, yes in asked.items() if yes], found, strict=True))
-
-
-class _ShardOutputs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, labels, group, entropy, sum_sq_probs, vocab_size):
-        ctx.save_for_backward(logits, labels)
-        ctx.spread = {"tp_group": group, "vocab_size": vocab_size}
-        asked = {"entropy": entropy, "sum_sq_probs": sum_sq_probs}
-        found: Any = dl_norm.token_log_probs(logits, labels, **asked, **ctx.spread)
-        ctx.entropy = entropy
-        outputs = found if isinstance(found, tuple) else (found,)
-        if sum_sq_probs:
-            ctx.mark_non_differentiable(outputs[-1])
-        return outputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (logits, labels), (of_log_probs, *others) = ctx.saved_tensors, gradients
-        bonus: dict[str, Any] = {}
-        counts = of_log_probs != 0
-        if ctx.entropy:
-            counts = counts | (others[0] != 0)
-            bonus = {"entropy_coef": 1.0, "entropy_weights": -others[0].float()}
-        leaf = logits.detach().requires_grad_()
-        ones = torch.ones(len(labels), device=logits.device)
-        with torch.enable_grad():
-            # Without old log-probs the loss of advantage A has gradient -A at a log-prob.
-            loss: Any = dl_norm.logits_policy_loss(
-                leaf, labels, None, -of_log_probs.float(), counts, ones, **bonus, **ctx.spread
-            )
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        return gradient, None, None, None, None, None
+    first, *others = log_probs(
+        logits, labels, tp_group=group, vocab_size=vocab_size, entropy=entropy, entropy_grad=True,
+        sum_sq_probs=sum_sq_probs,
+    )  # fmt: skip
+    names = ("log_probs", "entropy", "sum_pi_squared")
+    found = zip(names, (first, *others), strict=False)
+    return {name: values for name, values in found if values is not None}
 
 
 def use_sharded_head(engine: Any) -> None:
