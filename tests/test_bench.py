@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import contest, head_peers, heads, parity, peers, table, timing
+from bench import against, contest, head_peers, heads, parity, peers, table, timing
 from bench.cases import GPU_CASES, TINY_CASES, Case, Inputs, make_inputs
 from bench.contest import OURS, Contestant, NotHere
 from bench.lift import NotInstalled, lift, load_module
@@ -377,3 +377,15 @@ def test_ncu_output_is_read_in_bytes_and_seconds() -> None:
     (measured,) = read_csv(lines).values()
     assert measured["dram__bytes_read.sum"] == 35.5e6
     assert measured["gpu__time_duration.sum"] == pytest.approx(1.0225e-3)
+
+
+def test_against_another_commit(tmp_path) -> None:
+    """Here this tree against itself; and a process has the package of its folder, not another."""
+    (row,) = against.compare("", 2, "log_probs, dl_norm torch, 8x128")
+    assert row["here"] > 0 and row["ratio"] == row["here"] / row["there"]
+    with pytest.raises(ValueError, match="no job has 'nothing' in its name"):
+        against.compare("", 1, "nothing")
+    (tmp_path / "dl_norm").mkdir()
+    (tmp_path / "dl_norm" / "__init__.py").write_text("raise SystemExit(3)")
+    with pytest.raises((RuntimeError, BrokenPipeError)), against.worker(tmp_path) as ask:
+        ask("0")

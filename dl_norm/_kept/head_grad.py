@@ -29,9 +29,9 @@ def dense(matrix: Tensor, values: Tensor | None = None) -> Tensor:
 
 
 def zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """On the CPU, in memory that the system makes when it is first used: torch.zeros uses all of
-    it, 4 KB at a time, which took 95 % of a whole call. Who reads the gradient still pays for that,
-    but less: what is not written is one page of zeros, seen many times."""
+    """On the CPU, in memory that the system makes when it is first used: torch.zeros writes all
+    of it, which takes longer than all the rest of a call. Who reads the gradient still pays for
+    that, but less: what is not written is one page of zeros, seen many times."""
     size = math.prod(shape) * dtype.itemsize
     if size < _LARGE or sys.platform == "win32":
         return torch.zeros(shape, dtype=dtype)
