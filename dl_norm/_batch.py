@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._checks import (
-    LOG_PROB_DTYPES,
-    REAL_DTYPES,
-    check_cu_seqlens,
-    check_device,
-    check_mask,
-    check_tensor,
-    values_are_free,
-)
-
-WEIGHT_DTYPES = (torch.float32, torch.float64)
+from . import _layout as checks
+from ._checks import LOG_PROB_DTYPES, REAL_DTYPES, check_tensor, values_are_free
+from ._layout import Layout, layout_of
 
 
 class Batch(NamedTuple):
@@ -41,6 +33,10 @@ class Batch(NamedTuple):
     @property
     def sequences(self) -> int:
         return self.weights.shape[0]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.log_probs, self.sequences, self.cu_seqlens is not None)
 
     def is_per_token(self, values: Tensor) -> bool:
         # torch.compile has a symbolic answer for dynamic shapes, and two of those do not compare.
@@ -87,96 +83,67 @@ def spread(values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
     return values[sequence]
 
 
+# The tensors of a call besides the log-probs and their offsets, in the order of their checks.
+CHECKS = {
+    "old_log_probs": checks.per_token,
+    "ref_log_probs": checks.per_token,
+    "advantages": checks.either,
+    "rollout_weights": checks.either,
+    "rollout_log_probs": checks.per_token,
+    "rollout_mean_weight": checks.mean_weight,
+    "weights": checks.sequence_weights,
+    "mask": checks.mask_of_tokens,
+    "entropy_mask": checks.mask_of_tokens,
+    "sequence_mask": checks.mask_of_sequences,
+}
+TENSORS = ("log_probs", "cu_seqlens", *CHECKS)
+_REQUIRED = ("advantages", "weights")
+
+
 def make_batch(
     log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-    dtypes: tuple[torch.dtype, ...] = LOG_PROB_DTYPES,
-    *,
     cu_seqlens: Tensor | None = None,
-    ref_log_probs: Tensor | None = None,
-    rollout_weights: Tensor | None = None,
-    entropy_mask: Tensor | None = None,
-    sequence_mask: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
-    rollout_mean_weight: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = LOG_PROB_DTYPES,
+    **tensors: Tensor | None,
 ) -> Batch:
     """Checks types, dtypes, devices, layouts and shapes, and on the CPU what values can tell.
 
-    The tensors that mean one factor of the policy term become ``policy_weights``.
+    ``tensors``: those of ``CHECKS``. The ones that mean one factor of the policy term become
+    ``policy_weights``.
     """
     check_tensor("log_probs", log_probs, dtypes)
-    sequences = _check_layout(log_probs, mask, cu_seqlens)
-    packed = cu_seqlens is not None
-
-    def per_token(name: str, values: Tensor | None) -> Tensor | None:
-        if values is not None:
-            _check_constant(name, values, log_probs)
-            _check_shape(name, values, log_probs.shape, None, packed)
-        return values
-
-    def either(name: str, values: Tensor) -> Tensor:
-        _check_constant(name, values, log_probs)
-        _check_shape(name, values, log_probs.shape, sequences, packed)
-        return values if values.shape != (sequences,) else values[:, None]
-
-    old_log_probs = per_token("old_log_probs", old_log_probs)
-    ref_log_probs = per_token("ref_log_probs", ref_log_probs)
-    advantages = either("advantages", advantages)
-    if rollout_weights is not None:
-        rollout_weights = either("rollout_weights", rollout_weights)
-    rollout_log_probs = per_token("rollout_log_probs", rollout_log_probs)
-    _check_rollout(rollout_weights, rollout_log_probs, rollout_mean_weight, log_probs)
-    _check_weights(weights, log_probs, sequences, packed)
-    for name, tensor in (("mask", mask), ("entropy_mask", entropy_mask)):
-        if tensor is not None:
-            check_mask(name, tensor, log_probs)
-            _check_shape(name, tensor, log_probs.shape, None, packed)
-    if sequence_mask is not None:
-        check_mask("sequence_mask", sequence_mask, log_probs)
-        if sequence_mask.shape != (sequences,):
-            raise ValueError(
-                f"sequence_mask must be ({_count(packed)},) = ({sequences},), got "
-                f"{tuple(sequence_mask.shape)}: a mask of tokens is an entropy_mask"
-            )
-        sequence_mask = sequence_mask[:, None]
-    weights_dtype = torch.float64 if log_probs.dtype == torch.float64 else torch.float32
-    if weights.dtype != weights_dtype:
-        weights = weights.to(weights_dtype)
-    batch = Batch(
-        log_probs, old_log_probs, ref_log_probs, advantages, mask, rollout_weights, weights,
-        cu_seqlens, rollout_log_probs,
-    )  # fmt: skip
-    if rollout_mean_weight is not None:
-        factor = rollout_mean_weight.to(weights_dtype).reciprocal()
-        batch = batch._replace(policy_weights=factor.expand(sequences, 1))
-    if values_are_free(weights) and values_are_free(log_probs):
+    layout = layout_of(log_probs, tensors.get("mask"), cu_seqlens)
+    _check_rollout(tensors)
+    checked: dict[str, Any] = {}
+    for name, check in CHECKS.items():
+        values = tensors.pop(name, None)
+        absent = values is None and name not in _REQUIRED
+        checked[name] = None if absent else check(name, values, layout)  # type: ignore
+    assert not tensors, tensors
+    entropy_mask, sequence_mask = checked.pop("entropy_mask"), checked.pop("sequence_mask")
+    mean, policy_weights = checked.pop("rollout_mean_weight"), checked.pop("rollout_weights")
+    if mean is not None:
+        policy_weights = mean.reciprocal().expand(layout.sequences, 1)
+    batch = Batch(log_probs, cu_seqlens=cu_seqlens, policy_weights=policy_weights, **checked)
+    if values_are_free(batch.weights) and values_are_free(log_probs):
         _check_weights_fit(batch)
     if entropy_mask is sequence_mask is None:
         return batch
     return _with_masks(batch, entropy_mask, sequence_mask)
 
 
-def unweighted_batch(
-    log_probs: Tensor, *, advantages: Tensor | None = None, **tensors: Tensor | None
-) -> Batch:
+def unweighted_batch(log_probs: Tensor, **tensors: Tensor | None) -> Batch:
     """One whose sequences all weigh 1, of any real dtype: for what is known before the loss.
 
-    ``tensors``: of :func:`make_batch`. advantages None: 1, where they have no part.
+    ``tensors``: of :func:`make_batch`. Without advantages those are 1 too.
     """
     check_tensor("log_probs", log_probs, REAL_DTYPES)
-    sequences = _check_layout(log_probs, tensors.get("mask"), tensors.get("cu_seqlens"))
+    layout = layout_of(log_probs, tensors.get("mask"), tensors.get("cu_seqlens"))
     # Whatever the default dtype is.
-    ones = torch.ones(sequences, dtype=torch.float32, device=log_probs.device)
+    ones = torch.ones(layout.sequences, dtype=torch.float32, device=log_probs.device)
     return make_batch(
-        log_probs,
-        advantages=ones if advantages is None else advantages,
-        weights=ones,
-        dtypes=REAL_DTYPES,
-        **{"old_log_probs": None, **tensors},  # type: ignore
-    )
+        log_probs, dtypes=REAL_DTYPES, **{"advantages": ones, "weights": ones, **tensors}
+    )  # type: ignore
 
 
 def _with_masks(batch: Batch, entropy_mask: Tensor | None, sequence_mask: Tensor | None) -> Batch:
@@ -195,94 +162,17 @@ def _with_masks(batch: Batch, entropy_mask: Tensor | None, sequence_mask: Tensor
     return batch._replace(policy_weights=weights)
 
 
-def _check_layout(log_probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
-    """Returns the number of sequences."""
-    shape = log_probs.shape
-    if cu_seqlens is None:
-        if log_probs.ndim != 2:
+def _check_rollout(tensors: dict[str, Tensor | None]) -> None:
+    if tensors.get("rollout_log_probs") is None:
+        if tensors.get("rollout_mean_weight") is not None:
             raise ValueError(
-                f"log_probs must be (B, T), or (N,) with cu_seqlens; got {tuple(shape)} and no "
-                "cu_seqlens"
+                "rollout_mean_weight divides the weights that are made of rollout_log_probs, and "
+                "there are none: pass them, or divide rollout_weights yourself"
             )
-        if mask is None:
-            raise ValueError("mask is required for padded (B, T) input: pass a (B, T) tensor")
-        return shape[0]
-    if log_probs.ndim != 1:
-        raise ValueError(
-            f"with cu_seqlens the tokens must be packed in one dimension, (N,); got "
-            f"{tuple(shape)}: drop cu_seqlens for padded input"
-        )
-    check_cu_seqlens(cu_seqlens, log_probs)
-    return cu_seqlens.shape[0] - 1
-
-
-def _check_constant(name: str, tensor: Tensor, log_probs: Tensor) -> None:
-    check_tensor(name, tensor, REAL_DTYPES)
-    check_device(name, tensor, log_probs)
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, but policy_loss is differentiable with respect to "
-            f"log_probs alone: pass {name}.detach()"
-        )
-
-
-def _check_rollout(
-    rollout_weights: Tensor | None,
-    rollout_log_probs: Tensor | None,
-    rollout_mean_weight: Tensor | None,
-    log_probs: Tensor,
-) -> None:
-    if rollout_weights is not None and rollout_log_probs is not None:
+    elif tensors.get("rollout_weights") is not None:
         raise ValueError(
             "rollout_weights are the finished weights that rollout_log_probs would be made into: "
             "pass one of them"
-        )
-    if rollout_mean_weight is None:
-        return
-    if rollout_log_probs is None:
-        raise ValueError(
-            "rollout_mean_weight divides the weights that are made of rollout_log_probs, and there "
-            "are none: pass them, or divide rollout_weights yourself"
-        )
-    _check_constant("rollout_mean_weight", rollout_mean_weight, log_probs)
-    if rollout_mean_weight.ndim != 0:
-        raise ValueError(
-            "rollout_mean_weight must be a 0-dim tensor, what dl_norm.rollout_mean_weight returns; "
-            f"got {tuple(rollout_mean_weight.shape)}"
-        )
-
-
-def _count(packed: bool) -> str:
-    return "G" if packed else "B"
-
-
-def _check_shape(
-    name: str, tensor: Tensor, tokens: torch.Size, sequences: int | None, packed: bool
-) -> None:
-    """The shape of the tokens, or (G,) where there may be one value a sequence."""
-    if tensor.shape == tokens or (sequences is not None and tensor.shape == (sequences,)):
-        return
-    # Formatted here alone: formatting a symbolic size makes torch.compile specialise on it.
-    expected, remedy = f"{tuple(tokens)} like log_probs", ""
-    if sequences is not None:
-        expected += f" or ({_count(packed)},) = ({sequences},)"
-        if tensor.shape == (sequences, 1):
-            remedy = f": pass {name}.squeeze(-1)"
-    raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}{remedy}")
-
-
-def _check_weights(weights: Tensor, log_probs: Tensor, sequences: int, packed: bool) -> None:
-    if isinstance(weights, Tensor) and weights.dtype not in WEIGHT_DTYPES:
-        remedy = "they underflow in 16 bits: use what sequence_weights returns, in float32"
-        if weights.dtype not in LOG_PROB_DTYPES:
-            remedy = "of lengths make weights: sequence_weights(lengths, ...)"
-        raise TypeError(f"weights must be float32 or float64; got {weights.dtype}: {remedy}")
-    _check_constant("weights", weights, log_probs)
-    if weights.shape != (sequences,):
-        remedy = ": pass weights.squeeze(-1)" if weights.shape == (sequences, 1) else ""
-        raise ValueError(
-            f"weights must be ({_count(packed)},) = ({sequences},), got "
-            f"{tuple(weights.shape)}{remedy}"
         )
 
 

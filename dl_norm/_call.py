@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 
-from ._batch import Batch, make_batch
+from ._batch import TENSORS, Batch, make_batch
 from ._checks import LOG_PROB_DTYPES, check_no_transform
 from ._options import TokenLoss, token_loss_of
 from ._rollout import NO_ROLLOUT
-
-# The arguments that are tensors.
-TENSORS = tuple(inspect.signature(make_batch).parameters)
 
 
 def make_call(

@@ -60,7 +60,6 @@ def target() -> GPUTarget:
     return cast(GPUTarget, driver.active.get_current_target())
 
 
-@torch.compiler.assume_constant_result
 def _kernels_take(device_type: str) -> bool:
     from triton.runtime import driver
 
@@ -70,3 +69,7 @@ def _kernels_take(device_type: str) -> bool:
         return cast(torch.device, driver.active.get_active_torch_device()).type == device_type
     except RuntimeError:  # no driver
         return False
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo: that takes a second.
+_kernels_take._dynamo_marked_constant = True  # type: ignore

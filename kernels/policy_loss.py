@@ -25,6 +25,11 @@ from .surrogates import (
 
 TOKENS_PER_THREAD = tl.constexpr(8)
 
+# Arguments of one value a sequence, of both kernels that take them.
+OF_SEQUENCES = (
+    "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS", "ROLLOUTS",
+)  # fmt: skip
+
 
 class TokenStreams(NamedTuple):
     """(N,) tensors, contiguous and aligned to 16 bytes, or None."""
@@ -262,11 +267,8 @@ def _store_tile(PTR, start, lane, remaining, values):
 # same compiled kernel.
 @triton.jit(
     do_not_specialize=["N", "T", "G"],
-    do_not_specialize_on_alignment=[
-        "WEIGHTS", "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS",
-        "ROLLOUTS", "PARTIALS",
-    ],
-)  # fmt: skip
+    do_not_specialize_on_alignment=["WEIGHTS", *OF_SEQUENCES, "PARTIALS"],
+)
 def policy_loss_fwd_kernel(
     tokens,
     WEIGHTS,

@@ -7,17 +7,12 @@ One program a sequence. Names are those of policy_loss.py.
 import triton
 import triton.language as tl
 
-from .policy_loss import product
+from .policy_loss import OF_SEQUENCES, product
 from .rollout import divergences, rollout_log_ratio, rollout_of_sequence, rollout_of_token
 from .surrogates import clamped_ratio, clipped_tokens, token_terms, unit_ratio
 
 
-@triton.jit(
-    do_not_specialize=["N", "T"],
-    do_not_specialize_on_alignment=[
-        "ADVANTAGES", "POLICY_WEIGHTS", "CU_SEQLENS", "LOG_RATIO_MEANS", "RATIO_GRADS", "ROLLOUTS"
-    ],
-)  # fmt: skip
+@triton.jit(do_not_specialize=["N", "T"], do_not_specialize_on_alignment=OF_SEQUENCES)
 def policy_loss_sequence_kernel(
     tokens,
     ADVANTAGES,

@@ -354,9 +354,7 @@ def test_opcheck(layout, dtype, make_batch):
     batch = make_batch([5, 0, 9], 11, layout=layout, holes=True, dtype=dtype, ref=True)
     terms = make_token_loss(eps_high=0.28, dual_clip=3.0, beta=0.1)
     for write_grad, metrics in ((True, True), (False, False), (True, False)):
-        records = dl_norm._batch.make_batch(
-            *batch.args(), cu_seqlens=batch.cu_seqlens, ref_log_probs=batch.ref_log_probs
-        )
+        records = dl_norm._batch.make_batch(**vars(batch))
         operator = autograd.policy_loss_op
         args = operator.arguments(records, terms, write_grad, metrics)
         torch.library.opcheck(operator.op, tuple(args))

@@ -244,7 +244,7 @@ def test_offsets_that_do_not_span_give_nan(offsets, write_grad, packed):
     """Past the host's check, as on a GPU: the loss says so, and nothing is read out of bounds."""
     bad = torch.tensor(offsets, device=packed.log_probs.device)
     for cu_seqlens, spans in ((bad, False), (packed.cu_seqlens, True)):
-        batch = make_batch(*packed.args(), cu_seqlens=packed.cu_seqlens)
+        batch = make_batch(**vars(packed))
         batch = batch._replace(cu_seqlens=cu_seqlens)
         loss, _, _ = launch.policy_loss_fwd(batch, make_token_loss(), write_grad, False)
         assert loss.isfinite().item() is spans

@@ -265,6 +265,24 @@ def test_the_top_level_is_as_drawn():
     assert {name for name in top if not name.startswith(".")} == LAYOUT
 
 
+def test_modules_are_small():
+    """450 lines at most."""
+    lines = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for folder in ("dl_norm", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert len(lines) > 80
+    assert not {name: count for name, count in lines.items() if count > 450}
+
+
+def test_lists_by_hand():
+    """CONTRIBUTING says how many places name four or more tensors or options, and no place more."""
+    said = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("\n", " ")
+    found = run(sys.executable, ROOT / "ci" / "lists.py", cwd=ROOT).splitlines()[-1]
+    assert f"or options by hand, {found.split()[0]} of them;" in said
+
+
 def test_every_module_of_kernels_imports_the_language_as_tl():
     for name in KERNELS:
         source = (ROOT / "kernels" / name).read_text()

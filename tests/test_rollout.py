@@ -381,9 +381,13 @@ def test_operator():
     """Its schema, and that it makes the records of their parts again."""
     problem = Problem()
     records = dl_norm._batch.make_batch(
-        problem.log_probs, problem.old, problem.advantages, problem.mask, problem.weights,
+        problem.log_probs,
+        old_log_probs=problem.old,
+        advantages=problem.advantages,
+        mask=problem.mask,
+        weights=problem.weights,
         rollout_log_probs=problem.rollout,
-    )  # fmt: skip
+    )
     terms = make_token_loss(rollout_correction=CORRECTIONS["rejections of sequences"])
     args = autograd.policy_loss_op.arguments(records, terms, True, True)
     torch.library.opcheck(autograd.policy_loss_op.op, tuple(args))

@@ -422,9 +422,7 @@ def test_opcheck(make_batch):
     terms = make_token_loss(
         eps_high=0.28, beta=0.1, ratio_level="sequence", surrogate="cispo", bias_corrected_kl=True
     )
-    records = dl_norm._batch.make_batch(
-        *batch.args(), ref_log_probs=batch.ref_log_probs, **policy_masks(batch)
-    )
+    records = dl_norm._batch.make_batch(**vars(batch), **policy_masks(batch))
     arguments = autograd.policy_loss_op.arguments(records, terms, True, True)
     torch.library.opcheck(autograd.policy_loss_op.op, tuple(arguments))
 

@@ -545,7 +545,7 @@ def check_readme_correction() -> None:
             config = compose("ppo_trainer", overrides=[*config_lines(), *NEEDED, *lines])
         rollout_advantages(config.algorithm)
         OmegaConf.resolve(config)  # as verl's main does
-        settings = plugin._rollout_settings(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
+        settings = plugin.rollout.settings(omega_conf_to_dataclass(config.actor_rollout_ref.actor))
         values = values | {"rollout_is": "token"}
         assert {name: settings.get(name) for name in values} == values
         calculated = config.actor_rollout_ref.rollout.calculate_log_probs

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .._batch import unweighted_batch
-from .._checks import REAL_DTYPES, check_number, check_tensor
+from .._checks import check_number
+from .._layout import either, per_token
 
 
 @torch.no_grad()
@@ -42,14 +43,9 @@ def off_policy_sequence_mask(
     Source: DeepSeek-V3.2, arXiv:2512.02556, equation 9.
     """
     check_number(threshold, "threshold", "threshold > 0", lambda v: v > 0)
-    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
-    batch = unweighted_batch(
-        log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    batch = unweighted_batch(log_probs, mask=mask, cu_seqlens=cu_seqlens)
+    old_log_probs = per_token("old_log_probs", old_log_probs, batch.layout)
     difference = torch.nan_to_num(old_log_probs.float() - log_probs.float(), nan=0.0)
     means = batch.sequence_means(difference.masked_fill_(~batch.counted(), 0.0))
-    near = means <= threshold
-    if batch.is_per_token(batch.advantages):
-        return (advantages >= 0) | batch.per_token(near)
-    return (advantages >= 0) | near[:, 0]
+    good, near = either("advantages", advantages, batch.layout) >= 0, means <= threshold
+    return good | batch.per_token(near) if batch.is_per_token(good) else (good | near)[:, 0]

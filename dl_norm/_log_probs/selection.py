@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._batch import Batch, unweighted_batch
 from .._checks import REAL_DTYPES, check_number, check_tensor
+from .._layout import either, per_token
 from ..weights.group_sums import Group, sum_over
 from .order import largest, order_keys, smallest_of_mean_below, wide
 
@@ -60,16 +61,13 @@ def clip_cov_mask(
     _check_fraction(fraction)
     check_number(low, "low", "low < high", lambda v: v < high)
     check_number(high, "high", "high > low", lambda v: v > low)
-    check_tensor("old_log_probs", old_log_probs, REAL_DTYPES)
     for name, value in (("eps_low", eps_low), ("eps_high", eps_high)):
         check_number(value, name, f"{name} >= 0", lambda v: v >= 0)
-    batch = unweighted_batch(
-        log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
-    covariance, counted, tokens = _covariance(batch, group)
+    batch = unweighted_batch(log_probs, mask=mask, cu_seqlens=cu_seqlens)
+    old_log_probs = per_token("old_log_probs", old_log_probs, batch.layout)
+    advantage = batch.per_token(either("advantages", advantages, batch.layout))
+    covariance, counted, tokens = _covariance(batch, advantage, group)
     ratio = (log_probs.float() - old_log_probs.float()).exp()
-    advantage = batch.per_token(batch.advantages)
     clipped = ((advantage > 0) & (ratio > 1 + eps_high)) | ((advantage < 0) & (ratio < 1 - eps_low))
     candidates = counted & ~clipped & (covariance > low) & (covariance < high)
     keys = torch.randint(
@@ -111,8 +109,9 @@ def kl_cov_tokens(
     Source: arXiv:2505.22617. verl and SkyRL have it as ``kl_cov``, over a micro-batch each.
     """
     _check_fraction(fraction)
-    batch = unweighted_batch(log_probs, advantages=advantages, mask=mask, cu_seqlens=cu_seqlens)
-    covariance, counted, tokens = _covariance(batch, group)
+    batch = unweighted_batch(log_probs, mask=mask, cu_seqlens=cu_seqlens)
+    advantage = batch.per_token(either("advantages", advantages, batch.layout))
+    covariance, counted, tokens = _covariance(batch, advantage, group)
     keys = order_keys(covariance.flatten())
     return largest(keys, counted.flatten(), _count(fraction, tokens), group).view(log_probs.shape)
 
@@ -167,12 +166,11 @@ def _check_fraction(fraction: float) -> None:
     check_number(fraction, "fraction", "0 < fraction <= 1", lambda v: 0 < v <= 1)
 
 
-def _covariance(batch: Batch, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+def _covariance(batch: Batch, advantage: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token, which tokens count, and how many do over the group."""
     counted = batch.counted()
     log_probs = wide(batch.log_probs).masked_fill(~counted, 0.0)
-    advantages = wide(batch.per_token(batch.advantages)).expand_as(log_probs)
-    advantages = advantages.masked_fill(~counted, 0.0)
+    advantages = wide(advantage).expand_as(log_probs).masked_fill(~counted, 0.0)
     sums = torch.stack([wide(counted.sum()), advantages.sum(), log_probs.sum()])
     tokens, *totals = sum_over(sums, group)
     mean_advantage, mean_log_prob = (total / tokens.clamp(min=1) for total in totals)

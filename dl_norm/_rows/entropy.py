@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._batch import WEIGHT_DTYPES, Batch
+from .._batch import Batch
 from .._checks import check_device, check_number, check_tensor
+from .._layout import WEIGHT_DTYPES
 
 
 @dataclass(frozen=True)

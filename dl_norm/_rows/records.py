@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,10 @@ class TokenRows:
             self.advantages[:, None], None, column(self.policy_weights), self.weights, None,
             column(self.rollout_log_probs),
         )  # fmt: skip
+
+
+# Those of float32.
+_NUMBERS = tuple(field.name for field in fields(TokenRows)[2:])
 
 
 class VocabShard(NamedTuple):
@@ -148,37 +152,26 @@ def make_rows(
     where nothing else of them is asked for.
     """
 
-    def flat(values: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        if values is None:
-            return None
+    def flat(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return batch.per_token(values).expand(token_ids.shape).reshape(-1).to(dtype).contiguous()
 
-    weights = batch.weights
+    weights = batch.weights[:, None]
     if batch.cu_seqlens is not None and not values_are_free(batch.cu_seqlens):
         # Offsets that do not span the stream cannot raise without a sync: the loss is NaN.
         spans = (batch.cu_seqlens[0] == 0) & (batch.cu_seqlens[-1] == token_ids.shape[0])
         weights = torch.where(spans, weights, torch.nan)
-    counted = cast(Tensor, flat(batch.counted(), torch.bool))
-    advantages = torch.where(counted, cast(Tensor, flat(batch.advantages)), 0.0)
-    policy_weights = flat(batch.policy_weights)
-    if entropy_weights is not None:
-        entropy_weights = torch.where(counted, cast(Tensor, flat(entropy_weights)), 0.0)
+    given = {**batch._asdict(), "weights": weights, "entropy_weights": entropy_weights}
+    rows = {name: flat(given[name]) for name in _NUMBERS if given[name] is not None}
+    counted = flat(batch.counted(), torch.bool)
+    for name in ("advantages", "weights", "entropy_weights"):
+        if name in rows:
+            rows[name] = torch.where(counted, rows[name], 0.0)
     active = counted
     if skip_zero_advantages:
-        needed = advantages != 0
-        if policy_weights is not None:
-            needed = needed & (policy_weights != 0)
-        if entropy_weights is not None:
-            needed = needed | (entropy_weights != 0)
+        needed = rows["advantages"] != 0
+        if "policy_weights" in rows:
+            needed = needed & (rows["policy_weights"] != 0)
+        if "entropy_weights" in rows:
+            needed = needed | (rows["entropy_weights"] != 0)
         active = active & needed
-    return TokenRows(
-        token_ids=token_ids.reshape(-1).contiguous(),
-        active=active,
-        advantages=advantages,
-        weights=torch.where(counted, cast(Tensor, flat(weights[:, None])), 0.0),
-        old_log_probs=flat(batch.old_log_probs),
-        ref_log_probs=flat(batch.ref_log_probs),
-        policy_weights=policy_weights,
-        rollout_log_probs=flat(batch.rollout_log_probs),
-        entropy_weights=entropy_weights,
-    )
+    return TokenRows(token_ids.reshape(-1).contiguous(), active, **rows)

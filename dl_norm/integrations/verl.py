@@ -55,19 +55,17 @@ takes the last one for all of them, and these estimators do not.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 
 import dl_norm
 from dl_norm._checks import check_number
-from dl_norm._rollout import token_weights
 
 from . import rollout as settings_of
+from . import verl_rollout as rollout
 from ._shared import adapter_loss, checked
 
 _TESTED, _OLDEST, _UNTESTED = "0.9.1", "0.9", "0.10"
@@ -112,7 +110,6 @@ __all__ = [
 
 _PREFIX, _ALPHA = "delta_l", "delta_l_alpha"
 _LOG_RATIO_CLAMP = 20.0  # verl's, in compute_policy_loss_vanilla
-_sampled: ContextVar[Tensor | None] = ContextVar("rollout_log_probs", default=None)
 _ours = {"delta_l"}  # values of loss_mode
 
 
@@ -261,23 +258,23 @@ def compute_policy_loss_delta_l(
         "dual_clip": config.clip_ratio_c,
     }
     streams = old_log_prob, log_prob, response_mask
-    theirs = _rollout_settings(config)
+    theirs = rollout.settings(config)
     if theirs is None:
         options["rollout_weights"] = rollout_is_weights
         return _loss(streams, advantages, weights=scale, clip=clip, **options)
-    _check_rollout_settings(theirs, rollout_is_weights, options)
+    rollout.check_settings(theirs, rollout_is_weights, options)
     correction = settings_of.verl(theirs)
     in_kernel = {**options, "rollout_correction": correction}
     if not theirs.get("bypass_mode", False):
-        in_kernel["rollout_log_probs"] = _sampled_here()
+        in_kernel["rollout_log_probs"] = rollout.sampled_here()
         return _loss(streams, advantages, weights=scale, clip=clip, **in_kernel)
-    if _loss_type(theirs) == "reinforce":
+    if rollout.loss_type(theirs) == "reinforce":
         in_kernel["rollout_log_probs"], streams = old_log_prob, (None, *streams[1:])
         clip = {"surrogate": "policy_gradient"}
         return _loss(streams, advantages, weights=scale, clip=clip, **in_kernel)
     if not correction.reject:
         return _loss(streams, advantages, weights=scale, clip=clip, **options)
-    kept, share = _kept(*streams, correction)
+    kept, share = rollout.kept(*streams, correction)
     streams = *streams[:2], kept
     loss, metrics = _loss(streams, advantages, weights=scale, clip=clip, **options)
     return loss, metrics | {"rollout_corr/rollout_rs_masked_fraction": 1 - share}
@@ -308,18 +305,6 @@ def _loss(
     return loss, shown
 
 
-def _kept(
-    old_log_prob: Tensor, log_prob: Tensor, mask: Tensor, correction: dl_norm.RolloutCorrection
-) -> tuple[Tensor, Tensor]:
-    """The mask without what is rejected, by the current policy, and the share that is left. PPO's
-    ratio is the weight already, so nothing else of the correction is."""
-    alone = dl_norm.RolloutCorrection("none", reject=correction.reject)
-    kept = token_weights(log_prob.detach(), old_log_prob, mask, alone) != 0
-    counted = mask != 0
-    kept = counted & kept
-    return kept, kept.sum() / counted.sum().clamp(min=1)
-
-
 def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> Any:
     """verl's ``ppo_loss``, where a policy loss of this module finds the rollout's log-probs.
 
@@ -328,7 +313,7 @@ def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) ->
     work by verl's function, and changes nothing for other policy losses or without
     ``policy_loss.rollout_correction``. Arguments and results are verl's.
     """
-    theirs = _rollout_settings(config) if config.policy_loss.get("loss_mode") in _ours else None
+    theirs = rollout.settings(config) if config.policy_loss.get("loss_mode") in _ours else None
     sampled = None
     if theirs is not None and not theirs.get("bypass_mode", False):
         if "rollout_log_probs" not in data:
@@ -337,72 +322,15 @@ def ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) ->
                 "set actor_rollout_ref.rollout.calculate_log_probs=true"
             )
         sampled = data.select("rollout_log_probs").to_padded_tensor()["rollout_log_probs"]
-    token = _sampled.set(sampled)
+    token = rollout.sampled.set(sampled)
     try:
         return _verls_ppo_loss(config, model_output, data, dp_group)
     finally:
-        _sampled.reset(token)
+        rollout.sampled.reset(token)
 
 
 # verl's workers are imported after the plugins, and take it from there.
 _verls_ppo_loss, _losses.ppo_loss = _losses.ppo_loss, ppo_loss
-
-
-def _sampled_here() -> Tensor:
-    sampled = _sampled.get()
-    if sampled is None:
-        raise ValueError(
-            "policy_loss.rollout_correction needs the rollout's log-probs, which come with "
-            "dl_norm.integrations.verl.ppo_loss: a loss function of your own must call that in "
-            "the place of verl's ppo_loss, or leave the correction to algorithm.rollout_correction"
-        )
-    return sampled
-
-
-def _rollout_settings(config: Any) -> Any:
-    """The actor's ``rollout_correction``, None where it says nothing."""
-    policy_loss = getattr(config, "policy_loss", None)
-    theirs = None if policy_loss is None else policy_loss.get("rollout_correction", None)
-    if _is_default(theirs):
-        return None
-    names = ("rollout_is", "rollout_rs", "bypass_mode")
-    return theirs if theirs is not None and any(theirs.get(n, None) for n in names) else None
-
-
-def _is_default(theirs: Any) -> bool:
-    """verl fills the place with a value of its class, at its defaults: that stands for nothing."""
-    return dataclasses.is_dataclass(theirs) and theirs == type(theirs)()  # type: ignore
-
-
-def _loss_type(theirs: Any) -> str:
-    found = theirs.get("loss_type", "ppo_clip")
-    if found not in ("ppo_clip", "reinforce"):
-        raise ValueError(
-            f"loss_type={found!r} of rollout_correction must be 'ppo_clip' or 'reinforce'"
-        )
-    return found
-
-
-def _check_rollout_settings(theirs: Any, finished: Tensor | None, options: dict[str, Any]) -> None:
-    if finished is not None:
-        raise ValueError(
-            "both algorithm.rollout_correction, whose weights are here, and "
-            "actor.policy_loss.rollout_correction would correct: take one of them out"
-        )
-    bypass = theirs.get("bypass_mode", False)
-    reinforce = bypass and _loss_type(theirs) == "reinforce"
-    weighs = theirs.get("rollout_is", None) and (reinforce or not bypass)
-    if weighs and theirs.get("rollout_is_batch_normalize", False):
-        raise ValueError(
-            "rollout_is_batch_normalize needs the mean weight of the whole batch, and the policy "
-            "loss sees a micro-batch: leave the correction to algorithm.rollout_correction, which "
-            "verl's driver computes, without bypass_mode"
-        )
-    if reinforce and options.get("surrogate") is not None:
-        raise ValueError(
-            f"surrogate={options['surrogate']!r} beside loss_type='reinforce', which is a token "
-            "loss: take one of them"
-        )
 
 
 def register(name: str, **options: Any) -> None:
@@ -468,32 +396,4 @@ def _check_actor(algorithm: Any) -> None:
         return
     if actor is not None:
         _max_length(actor.loss_agg_mode, actor.get("loss_scale_factor"))
-        _check_one_corrects(algorithm.get("rollout_correction"), actor)
-
-
-def _check_one_corrects(drivers: Any, actor: Any) -> None:
-    """Raises where the settings of verl's driver and of the actor do not go together."""
-    actors = _rollout_settings(actor)
-    bypass = {
-        "algorithm.rollout_correction": bool(drivers and drivers.get("bypass_mode", False)),
-        "actor.policy_loss.rollout_correction": bool(actors and actors.get("bypass_mode", False)),
-    }
-    first, second = bypass
-    if actors and bypass[first] != bypass[second]:
-        raise ValueError(
-            f"bypass_mode, by which old_log_probs are the rollout's, is {bypass[first]} in {first} "
-            f"and {bypass[second]} in {second}: it must be the same in both"
-        )
-    if not drivers:
-        return
-    asks = drivers.get("rollout_rs", None) or drivers.get("loss_type", None) == "reinforce"
-    if bypass[first] and not bypass[second] and asks and actor.policy_loss.loss_mode in _ours:
-        raise ValueError(
-            f"in bypass_mode verl's driver leaves rollout_rs and loss_type of {first} to the "
-            f"policy loss: add {second}='${{algorithm.rollout_correction}}' to the run"
-        )
-    if actors and not bypass[first] and any(map(drivers.get, ("rollout_is", "rollout_rs"))):
-        raise ValueError(
-            f"both {first} and {second} would correct: give rollout_is and rollout_rs in one of "
-            "them"
-        )
+        rollout.check_one_corrects(algorithm.get("rollout_correction"), actor, _ours)
