@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,9 @@ elif not torch.cuda.is_available():
 
 import dl_norm  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))  # not as `tests`, which others are called too
+from ranks import run as run_file  # noqa: E402
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -46,35 +48,13 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list]:
-    """run_ranks(__file__, ranks): once per rank `python FILE RANKS RANK FOLDER`, whose own folder
-    is for meeting in and for RANK.pt. Returns what these hold; a second call does not run again.
-
-    multiprocessing would import the file by a name, and `tests` is what other projects call their
-    package too.
-    """
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((root, *sys.path))}
-    compiled = ["-m", "ci.ptx", TARGET] if TARGET else []
+    """run_ranks(__file__, ranks): FILE as a script, see ranks.py; its folder is for meeting in and
+    for RANK.pt. Returns what these hold; a second call does not run again."""
 
     @functools.cache
     def run(file: str, ranks: int) -> list:
         folder = tmp_path_factory.mktemp("gloo")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *compiled, file, str(ranks), str(rank), str(folder)],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            errors = [process.communicate(timeout=300)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        failed = any(process.returncode for process in processes)
-        assert not failed, "\n".join(error[-2000:] for error in errors)
+        run_file(file, ranks, folder, TARGET)
         return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
     return run
