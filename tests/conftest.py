@@ -32,7 +32,10 @@ elif not torch.cuda.is_available():
 import dl_norm  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))  # not as `tests`, which others are called too
+from interpreter import patch_once  # noqa: E402
 from ranks import run as run_file  # noqa: E402
+
+patch_once()
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -12,6 +12,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from interpreter import patch_once
+
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor", "dl_norm", "pytest"]
 
 
@@ -42,6 +44,7 @@ def rank_main(file: str, ranks: int, rank: int, folder: str, target: str | None)
     os.dup2(errors, 2)
     sys.argv = [file, str(ranks), str(rank), folder]
     sys.path[:0] = [str(Path(file).parent), str(Path(file).parents[1])]
+    patch_once()
     if target:
         from ci.ptx import driver
 
