@@ -1,8 +1,9 @@
 """What tests/interpreter.py leaves out changes no number."""
 
-import dl_norm
 import pytest
 import torch
+
+import dl_norm
 
 
 @pytest.mark.parametrize("loss", ["log-probs", "logits"])
