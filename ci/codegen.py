@@ -17,10 +17,8 @@ import argparse
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
+from machine_code import read_machine_code
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -325,7 +324,7 @@ def token_loss(case: Any, **options: Any) -> TokenLoss:
 
 
 def compile_case(case: Case, arch: str) -> dict[str, Any]:
-    """Compiles one case for one target and returns what its machine code says, as plain data."""
+    """Compiles one case for one target."""
     with recorded(TARGETS[arch]) as launches:
         launch_case(case)
     (found,) = (entry for entry in launches if entry.kernel == case.kernel)
@@ -340,7 +339,9 @@ def compile_launch(found: Launch, arch: str) -> dict[str, Any]:
         "target": arch,
         "threads": found.options["num_warps"] * target.warp_size,
         "constants": constants(found),
-        **read_machine_code(kernel.asm),
+        "asm": {
+            kind: kernel.asm[kind] for kind in ("ptx", "cubin", "amdgcn") if kind in kernel.asm
+        },
     }
 
 
@@ -356,82 +357,6 @@ def constants(launched: Launch) -> dict[str, Any]:
             name += f".{fields[name][part] if name in fields else part}"
         found[name] = getattr(value, "__name__", value)
     return found
-
-
-def read_machine_code(asm) -> dict[str, Any]:
-    """Registers, spills, memory widths and what must not be there, of a compiled kernel's asm."""
-    return _read_cuda(asm) if "cubin" in asm else _read_hip(asm)
-
-
-def _read_cuda(asm) -> dict[str, Any]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        sass = _cuobjdump("-sass", file.name)
-        usage = _cuobjdump("-res-usage", file.name)
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.M)
-    resources = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
-    local = sorted({op for op in opcodes if re.match(r"LDL|STL", op)})
-    return {
-        "registers": resources["REG"],
-        "spill_bytes": resources["STACK"] + resources.get("LOCAL", 0),
-        "local_memory": local,
-        "instructions": len(opcodes),
-        "loads": _widths(op for op in opcodes if op.startswith(("LDG", "LD."))),
-        "stores": _widths(op for op in opcodes if op.startswith(("STG", "ST."))),
-        "atomics": sorted({op for op in opcodes if re.match(r"(ATOM\w*|RED[GS]?)(\.|$)", op)}),
-        "fp64": sorted(
-            {op for op in opcodes if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64\b", op)}
-            | set(re.findall(r"\b[\w.]+\.f64\b[\w.]*", asm["ptx"]))
-        ),
-    }
-
-
-def _cuobjdump(flag: str, path: str) -> str:
-    command = [triton.knobs.nvidia.cuobjdump.path, flag, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _widths(opcodes) -> dict[str, int]:
-    """Global memory instructions by bits per thread, from opcodes such as LDG.E.U8 or STG.E.128."""
-    widths: Counter[str] = Counter()
-    for op in opcodes:
-        parts = op.split(".")
-        sizes = [part.lstrip("US") for part in parts if part.lstrip("US").isdigit()]
-        widths[sizes[0] if sizes else "32"] += 1
-    return dict(widths)
-
-
-_HIP_BITS = {
-    "ubyte": "8", "sbyte": "8", "byte": "8", "ushort": "16", "sshort": "16", "short": "16",
-    "dword": "32", "dwordx2": "64", "dwordx3": "96", "dwordx4": "128",
-}  # fmt: skip
-
-
-def _read_hip(asm) -> dict[str, Any]:
-    text = asm["amdgcn"]
-    opcodes = re.findall(r"^\t([a-z][a-z0-9_]+)", text, re.M)
-
-    def bits(kind: str) -> dict[str, int]:
-        pattern = rf"(?:global|buffer|flat)_{kind}_([a-z0-9]+)"
-        found = (re.match(pattern, op) for op in opcodes)
-        return dict(Counter(_HIP_BITS[match[1]] for match in found if match))
-
-    def metadata(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", text)[0])
-
-    return {
-        "registers": metadata("vgpr_count"),
-        # Scalar registers spill into lanes of a vector register, not into memory: counted apart.
-        "spill_bytes": metadata("private_segment_fixed_size") + 4 * metadata("vgpr_spill_count"),
-        "scalar_spills": metadata("sgpr_spill_count"),
-        "local_memory": sorted({op for op in opcodes if op.startswith("scratch_")}),
-        "instructions": len(opcodes),
-        "loads": bits("load"),
-        "stores": bits("store"),
-        "atomics": sorted({op for op in opcodes if "atomic" in op or re.match(r"ds_\w*add", op)}),
-        "fp64": sorted({op for op in opcodes if op.startswith("v_") and "f64" in op}),
-    }
 
 
 # Sizes that a specialising JIT would tell apart: 1, multiples of 16, odd, beyond 2^31. Not T = 1,
@@ -512,7 +437,9 @@ def compile_all(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         results = pool.map(compile_case, *zip(*jobs, strict=True))
-        return list(tqdm(results, total=len(jobs), desc="compiling", disable=None))
+        rows = list(tqdm(results, total=len(jobs), desc="compiling", disable=None))
+    found = read_machine_code([row.pop("asm") for row in rows])
+    return [{**row, **code} for row, code in zip(rows, found, strict=True)]
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:

@@ -121,7 +121,7 @@ def launch_case(
 
 
 def compile_case(case: Case, arch: str) -> dict[str, Any]:
-    """Compiles one case for one target and returns what its machine code says, as plain data."""
+    """Compiles one case for one target."""
     with codegen.recorded(codegen.TARGETS[arch]) as launches:
         launch_case(case)
     (found,) = (entry for entry in launches if entry.kernel == case.kernel)

@@ -285,7 +285,8 @@ CONTROL = """
     import triton
     import triton.language as tl
     from triton.compiler import ASTSource
-    from codegen import TARGETS, read_machine_code
+    from codegen import TARGETS
+    from machine_code import read_machine_code
 
     @triton.jit
     def narrow_fp64_atomic(X, MASK, OUT, BLOCK: tl.constexpr):
@@ -316,8 +317,8 @@ CONTROL = """
                 target=TARGETS[arch],
                 options=options,
             )
-            result[f"{fn.__name__} {arch}"] = read_machine_code(kernel.asm)
-    print(json.dumps(result))
+            result[f"{fn.__name__} {arch}"] = kernel.asm
+    print(json.dumps(dict(zip(result, read_machine_code(list(result.values()))))))
 """
 
 

@@ -640,13 +640,14 @@ def test_load(tmp_path, monkeypatch):
 def machine_code():
     """{target: {function: what its machine code says}} of tokens_kernel around each function."""
     import codegen
+    from machine_code import read_machine_code
     from triton.compiler import ASTSource
 
     functions = {"by hand": (clip_by_hand, 3, 5)}
     for formula, settings in FORMULAS:
         made = dl_norm.surrogate(formula, **settings)
         functions[formula.__name__] = made.device(), len(made.settings()), 5 + len(made.extra_names)
-    report = {}
+    asms = {}
     for target in codegen.TARGETS:
         for name, (function, settings, outputs) in functions.items():
             streams = dict.fromkeys(("LOG_PROB", "RATIO", "ADVANTAGE", "OUT"), "*fp32")
@@ -660,7 +661,10 @@ def machine_code():
                 attrs={(index,): [["tt.divisibility", 16]] for index in range(5)},
             )  # fmt: skip
             kernel = triton.compile(source, target=codegen.TARGETS[target])
-            report.setdefault(target, {})[name] = codegen.read_machine_code(kernel.asm)
+            asms[target, name] = kernel.asm
+    report = {}
+    for (target, name), code in zip(asms, read_machine_code(list(asms.values())), strict=True):
+        report.setdefault(target, {})[name] = code
     return report
 
 
