@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ci/env.sh
 help_if_asked "$@"
+unset PYTHONDONTWRITEBYTECODE  # dozens of processes import the same modules
 ensure_env "dev,quickstart"
 bash ci/verl_env.sh
 bash ci/trainers_env.sh
