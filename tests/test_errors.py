@@ -341,3 +341,10 @@ def test_torch_implementation_needs_no_triton():
     block = "import sys; sys.modules['triton'] = None\n"
     done = run_python(block + CALL.format(impl="torch"))
     assert done.returncode == 0, done.stderr
+
+
+def test_the_import_is_light():
+    """What torch.compile and kernels need comes with them: it would double the time."""
+    heavy = "{'torch._dynamo', 'triton', 'sympy'}"
+    done = run_python(f"import sys, torch, dl_norm; print(*{heavy} & set(sys.modules))")
+    assert done.stdout.strip() == "", done.stderr
